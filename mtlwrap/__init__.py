@@ -1,0 +1,39 @@
+"""mtlwrap: train one PyTorch network on several tasks, with the tasks balanced in one ordinary backward pass."""
+
+from mtlwrap.balancers import (
+    IMTL,
+    IMTLG,
+    IMTLL,
+    UW,
+    Balancer,
+    Compose,
+    EqualWeighting,
+    FixedWeights,
+    GradientBalancer,
+    LossBalancer,
+)
+from mtlwrap.fork import Fork, fork
+from mtlwrap.gradients import TaskGradients
+from mtlwrap.model import MultiTaskModel, SingleTaskModel
+from mtlwrap.step import cached
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "IMTL",
+    "IMTLG",
+    "IMTLL",
+    "UW",
+    "Balancer",
+    "Compose",
+    "EqualWeighting",
+    "FixedWeights",
+    "Fork",
+    "GradientBalancer",
+    "LossBalancer",
+    "MultiTaskModel",
+    "SingleTaskModel",
+    "TaskGradients",
+    "cached",
+    "fork",
+]

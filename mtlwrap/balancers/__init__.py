@@ -1,0 +1,47 @@
+"""The balancers: one method, one file."""
+
+from mtlwrap.balancers.base import Balancer, GradientBalancer, LossBalancer
+from mtlwrap.balancers.compose import Compose
+from mtlwrap.balancers.equal import EqualWeighting
+from mtlwrap.balancers.fixed import FixedWeights
+from mtlwrap.balancers.imtl import IMTL
+from mtlwrap.balancers.imtl_g import IMTLG
+from mtlwrap.balancers.imtl_l import IMTLL
+from mtlwrap.balancers.uw import UW
+
+__all__ = [
+    "IMTL",
+    "IMTLG",
+    "IMTLL",
+    "UW",
+    "Balancer",
+    "Compose",
+    "EqualWeighting",
+    "FixedWeights",
+    "GradientBalancer",
+    "LossBalancer",
+    "by_name",
+]
+
+_METHODS: dict[str, type[Balancer]] = {
+    name.lower(): globals()[name] for name in __all__ if name not in ("Balancer", "GradientBalancer", "LossBalancer", "by_name")
+}
+
+
+def by_name(name: str) -> Balancer:
+    """A balancer with its default options, by its class name in any case; ``-`` and ``_`` do not count.
+
+    Raises:
+        ValueError: there is none of that name, or it has options without a default.
+
+    Example:
+        >>> by_name("imtl-g")
+        IMTLG()
+    """
+    method = _METHODS.get(name.lower().replace("-", "").replace("_", ""))
+    if method is None:
+        raise ValueError(f"balancer: no balancer is called {name!r}; known are {', '.join(sorted(_METHODS))}.")
+    try:
+        return method()
+    except TypeError as error:
+        raise ValueError(f"balancer: {method.__name__} needs options; make it and pass the object. ({error})") from None

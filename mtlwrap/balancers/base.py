@@ -1,0 +1,119 @@
+"""The two kinds of balancer, and what the model asks of either."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mtlwrap.gradients import TaskGradients
+
+
+class Balancer(nn.Module, ABC):
+    """What a multi-task model asks of a balancer: a scalar to call ``backward`` on, and weights for the gradients.
+
+    Each half is neutral here, a plain sum. Derive from :class:`LossBalancer` or :class:`GradientBalancer`, which
+    leave one half to you, and not from this class.
+
+    What the user's optimizer learns is a ``Parameter``; what the balancer itself updates is a buffer; what lives for
+    one step is a plain attribute.
+    """
+
+    num_tasks: int | None = None
+
+    def bind(self, num_tasks: int) -> None:
+        """Tell the balancer how many tasks it balances; the model does this when it is wrapped.
+
+        Raises:
+            ValueError: the balancer was made for another number of tasks.
+        """
+        if self.num_tasks is not None and self.num_tasks != num_tasks:
+            raise ValueError(
+                f"{type(self).__name__} was made for {self.num_tasks} tasks, but the model has {num_tasks} heads."
+            )
+        self.num_tasks = num_tasks
+
+    def reset(self) -> None:
+        """Make the balancer as good as new; one without state has nothing to do."""
+
+    def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        """The scalar to call ``backward`` on. Neutral: the sum of the losses.
+
+        Args:
+            losses: the losses of the tasks that take part, ``[len(tasks)]``; alone, of any shape.
+            tasks: which tasks these are; None for all of them, in order.
+        """
+        return losses.sum()
+
+    def weigh(self, gradients: TaskGradients) -> Tensor | None:
+        """The weight of each task's gradient in the shared gradient, ``[T]``. Neutral: one for each that takes part.
+
+        None says that the shared gradient is no weighting of the tasks' gradients; then :meth:`combine` makes it.
+        """
+        return gradients.active.double()
+
+    def combine(self, gradients: TaskGradients) -> Tensor:
+        """The shared gradient, ``[n]``, from the tasks' gradients. Override it for what is no weighting."""
+        weights = self.weigh(gradients)
+        if weights is None:
+            raise TypeError(f"{type(self).__name__}.weigh returned None, so the class must override combine.")
+        return gradients.weighted_sum(weights)
+
+
+class LossBalancer(Balancer):
+    """A balancer that looks at the values of the losses: it makes one scalar of them, heads and backbone alike.
+
+    Alone it is called on values of any shape.
+    """
+
+    @abstractmethod
+    def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        """The scalar, 0-dim; see :meth:`Balancer.scalarize`."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        """The scalar made of ``values``, 0-dim.
+
+        Raises:
+            TypeError: ``values`` is not a floating-point tensor.
+            ValueError: its shape is not the one that the balancer was made for.
+        """
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"{type(self).__name__}: expected a floating-point tensor of values, got {kind}.")
+        return self.scalarize(values)
+
+
+class GradientBalancer(Balancer):
+    """A balancer that looks at the tasks' gradients on the shared representation, and decides on the shared one.
+
+    Heads keep the gradient of their own loss, unweighted. Alone it is called on a matrix ``[T, n]`` whose rows are
+    the gradients, and returns the shared gradient ``[n]``.
+
+    A gradient that is not finite must be neither hidden nor learned from: ``gradients.finite`` tells.
+    """
+
+    @abstractmethod
+    def weigh(self, gradients: TaskGradients) -> Tensor | None:
+        """The weights, ``[T]``, or None; see :meth:`Balancer.weigh`."""
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        """The shared gradient ``[n]`` for task gradients ``[T, n]``.
+
+        Raises:
+            TypeError: ``matrix`` is not a floating-point tensor.
+            ValueError: it is not two-dimensional, or its number of rows is not the balancer's number of tasks.
+        """
+        gradients = TaskGradients(matrix)
+        if self.num_tasks is not None and self.num_tasks != gradients.num_tasks:
+            raise ValueError(
+                f"{type(self).__name__} was made for {self.num_tasks} tasks, got a matrix of {gradients.num_tasks} rows."
+            )
+        return self.combine(gradients)
+
+
+def select(values: Tensor, tasks: Sequence[int] | None) -> Tensor:
+    """The entries of a vector that belong to ``tasks``, in their order; all of it for None.
+
+    Not by an index tensor: making one on an accelerator would synchronise with the host.
+    """
+    return values if tasks is None else torch.stack([values[task] for task in tasks])

@@ -1,0 +1,87 @@
+"""A loss balancer and a gradient balancer at once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mtlwrap.balancers.base import Balancer, GradientBalancer, LossBalancer
+from mtlwrap.balancers.equal import EqualWeighting
+from mtlwrap.gradients import TaskGradients
+
+
+class Compose(Balancer):
+    r"""One balancer for the losses, another for the gradients that the balanced losses send back.
+
+    The loss balancer makes the scalar :math:`S(L_1, \dots, L_T)`; heads, and its own parameters, see the gradient of
+    that. The gradient balancer sees :math:`g_t = \partial S / \partial L_t \, \nabla_z L_t` and weighs these for the
+    backbone alone. ``Compose(loss=IMTLL(), gradient=IMTLG())`` is Algorithm 1 of IMTL.
+
+    Args:
+        loss: a :class:`LossBalancer`; None adds the losses up.
+        gradient: a :class:`GradientBalancer`; None adds the gradients up.
+
+    Raises:
+        TypeError: a part is not of its kind.
+        ValueError: the parts were made for different numbers of tasks.
+
+    Example:
+        >>> from mtlwrap import IMTLG, UW
+        >>> Compose(loss=UW(likelihood=["regression", "classification"]), gradient=IMTLG(nonneg=True))
+        Compose(
+          (loss): UW(shape=(2,), likelihood=['regression', 'classification'], bound=20)
+          (gradient): IMTLG(nonneg=True)
+        )
+    """
+
+    loss: Balancer
+    gradient: Balancer
+
+    def __init__(self, loss: LossBalancer | None = None, gradient: GradientBalancer | None = None) -> None:
+        super().__init__()
+        for name, part, kind in (("loss", loss, LossBalancer), ("gradient", gradient, GradientBalancer)):
+            if part is not None and not isinstance(part, kind):
+                raise TypeError(f"{name}: expected a {kind.__name__} or None, got {type(part).__name__}.")
+        self.loss = EqualWeighting() if loss is None else loss
+        self.gradient = EqualWeighting() if gradient is None else gradient
+        known = {part.num_tasks for part in (self.loss, self.gradient)} - {None}
+        if len(known) > 1:
+            raise ValueError(
+                f"loss was made for {self.loss.num_tasks} tasks, gradient for {self.gradient.num_tasks}; "
+                "expected the same number."
+            )
+        self.num_tasks = next(iter(known), None)
+
+    def bind(self, num_tasks: int) -> None:
+        """See :meth:`Balancer.bind`; it is passed on to both parts."""
+        super().bind(num_tasks)
+        self.loss.bind(num_tasks)
+        self.gradient.bind(num_tasks)
+
+    def reset(self) -> None:
+        """Reset both parts."""
+        self.loss.reset()
+        self.gradient.reset()
+
+    def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        """The loss balancer's scalar."""
+        return self.loss.scalarize(losses, tasks)
+
+    def weigh(self, gradients: TaskGradients) -> Tensor | None:
+        """The gradient balancer's weights."""
+        return self.gradient.weigh(gradients)
+
+    def combine(self, gradients: TaskGradients) -> Tensor:
+        """The gradient balancer's shared gradient."""
+        return self.gradient.combine(gradients)
+
+    def forward(self, losses: Tensor, matrix: Tensor) -> Tensor:
+        """The shared gradient, ``[n]``, for losses ``[T]`` and *their* gradients ``[T, n]``.
+
+        Raises:
+            TypeError, ValueError: as :class:`LossBalancer` and :class:`GradientBalancer` alone.
+        """
+        values = losses.detach().requires_grad_()
+        with torch.enable_grad():
+            (factors,) = torch.autograd.grad(self.loss(values), values)
+        return self.gradient.combine(TaskGradients(factors[:, None].to(matrix.dtype) * matrix, losses))

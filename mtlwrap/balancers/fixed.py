@@ -1,0 +1,57 @@
+"""Fixed weights, chosen by hand."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mtlwrap.balancers.base import LossBalancer, select
+
+
+class FixedWeights(LossBalancer):
+    r"""The weighted sum :math:`\sum_t w_t L_t` with weights chosen by hand, for the backbone and the heads alike.
+
+    Args:
+        weights: one finite number :math:`w_t \ge 0` per task. They are an option, not state: they are not in the
+            ``state_dict``.
+
+    Raises:
+        TypeError: a weight is no number.
+        ValueError: there is no weight, or one is negative or not finite.
+
+    Shape:
+        ``values``: ``[T]``; the result is 0-dim.
+
+    Example:
+        >>> import torch
+        >>> FixedWeights([1.0, 0.5])(torch.tensor([2.0, 4.0]))
+        tensor(4.)
+    """
+
+    weights: Tensor
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        super().__init__()
+        given = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+        for task, weight in enumerate(given):
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise TypeError(f"weights[{task}]: expected a number, got {type(weight).__name__}.")
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"weights[{task}]: expected a finite number of at least 0, got {weight}.")
+        if not given:
+            raise ValueError("weights: expected one number per task, got none.")
+        self.num_tasks = len(given)
+        self.register_buffer("weights", torch.tensor(given, dtype=torch.get_default_dtype()), persistent=False)
+
+    def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:  # noqa: D102 - see the base
+        weights = select(self.weights, tasks)
+        if losses.shape != weights.shape:
+            raise ValueError(
+                f"FixedWeights: expected values of shape {tuple(weights.shape)}, got {tuple(losses.shape)}."
+            )
+        return (weights.to(losses.device) * losses).sum()
+
+    def extra_repr(self) -> str:
+        """The weights."""
+        return f"{self.weights.tolist()}"

@@ -1,0 +1,156 @@
+"""IMTL-G, the gradient balance of impartial multi-task learning."""
+
+import torch
+from torch import Tensor
+
+from mtlwrap.balancers.base import GradientBalancer
+from mtlwrap.gradients import TaskGradients
+
+# The share of cancellation up to which the paper's weights are kept: below it the step shrinks instead of exploding.
+_CANCELLATION = 0.1
+# From this residual on there is no direction with equal projections.
+_RESIDUAL = 1e-3
+# Rounds of iterated Tikhonov regularisation: what the ridge takes from a sound direction is given back.
+_REFINEMENTS = 3
+
+
+class IMTLG(GradientBalancer):
+    r"""Gradient balance: a shared gradient with the same projection onto every task's gradient.
+
+    Liu et al., `Towards Impartial Multi-task Learning <https://openreview.net/forum?id=IMPnRXEWpvr>`_ (ICLR 2021),
+    §3.1, Eq. 1-2: :math:`g = \sum_t \alpha_t g_t` with :math:`\sum_t \alpha_t = 1` and :math:`\langle g, u_1 \rangle
+    = \dots = \langle g, u_T \rangle` for the unit gradients :math:`u_t = g_t / \lVert g_t \rVert`. Instead of the
+    paper's formula its equivalent on the cosines :math:`C_{st} = \langle u_s, u_t \rangle` is solved,
+
+    .. math:: C w = 1, \qquad v_t = w_t / \lVert g_t \rVert, \qquad \alpha_t = \frac{v_t}{\sum_s v_s}
+
+    which is impartial to 1e-5 in float32 however different the norms are, where the inverse or pseudo-inverse of the
+    raw Gramian (LibMTL, TorchJD) fails from a ratio of 1000.
+
+    The paper's :math:`\sum_s v_s` can be zero or negative; then the weights explode, or the step *ascends* on every
+    task. Here, by default, :math:`\alpha_t = v_t / \max(\sum_s v_s, 0.1 \sum_s |v_s|)`: the paper's weights wherever
+    they cancel by less than 90 %, and otherwise the same impartial direction, downhill for all tasks, with a shorter
+    step. Where no impartial direction exists (opposing gradients, more tasks than dimensions) all weights are zero
+    and the backbone is not updated in that step; the heads are.
+
+    A task whose gradient is zero gets no weight. Equal or parallel gradients share one. Single weights can be
+    negative: that is right for the shared gradient, and heads never see them. A gradient that is not finite makes
+    every weight NaN, so that a ``GradScaler`` skips the step.
+
+    Args:
+        nonneg: take the shortest vector in the *convex* hull of the unit gradients: no weight is negative,
+            they sum to 1, and the projections are equal among the tasks with a weight and larger on the others. The
+            same as without wherever no weight is negative; it costs an iterated solver for the T x T system.
+        strict: the paper to the letter, :math:`\alpha = v / \sum v`, ascent and explosion included.
+
+    Raises:
+        ValueError: both ``nonneg`` and ``strict`` are set.
+
+    Shape:
+        alone, ``matrix``: ``[T, n]``, a task's gradient per row; the result is ``[n]``.
+
+    Example:
+        >>> import torch
+        >>> IMTLG()(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))  # weights 3/4 and 1/4
+        tensor([0.7500, 0.7500])
+    """
+
+    def __init__(self, *, nonneg: bool = False, strict: bool = False) -> None:
+        super().__init__()
+        if nonneg and strict:
+            raise ValueError("nonneg and strict exclude each other: the paper's weights may be negative.")
+        self.nonneg = nonneg
+        self.strict = strict
+
+    def weigh(self, gradients: TaskGradients) -> Tensor:  # noqa: D102 - see the base
+        norms = gradients.norms
+        usable = norms > 0
+        ridge = _ridge(gradients.precision)
+        if self.nonneg:
+            w = _nonnegative_solution(gradients.cosines, usable, ridge)
+        else:
+            w = _solution(gradients.cosines, usable, ridge)
+        v = w * _relative_inverse(norms, usable)
+        weights = v / self._divisor(v)
+        if not (self.strict or self.nonneg):
+            weights = torch.where(_has_impartial_direction(gradients.cosines, usable, w), weights, 0.0)
+        return torch.where(gradients.finite, weights, torch.nan)
+
+    def extra_repr(self) -> str:
+        """The options that are set."""
+        return ", ".join(f"{name}=True" for name in ("nonneg", "strict") if getattr(self, name))
+
+    def _divisor(self, v: Tensor) -> Tensor:
+        total = v.sum()
+        if self.strict:
+            return total
+        divisor = torch.maximum(total, _CANCELLATION * v.abs().sum())
+        return torch.where(divisor > 0, divisor, 1.0)  # no task has a gradient
+
+
+def _ridge(precision: torch.dtype) -> float:
+    """What is added to the cosines' diagonal: what rounding in the gradients does to the smallest eigenvalue."""
+    return {torch.float64: 1e-13, torch.float32: 1e-6}.get(precision, 1e-4)
+
+
+def _relative_inverse(norms: Tensor, usable: Tensor) -> Tensor:
+    """The inverse of each norm times the smallest, so that it neither overflows nor vanishes for all."""
+    smallest = torch.where(usable, norms, torch.inf).amin()
+    return torch.where(usable, smallest / norms, 0.0)
+
+
+def _system(cosines: Tensor, usable: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """The factor of the regularised system for the usable tasks, the others decoupled with a right side of zero."""
+    pairs = usable[:, None] & usable[None, :]
+    identity = torch.eye(usable.shape[0], dtype=cosines.dtype, device=cosines.device)
+    matrix = torch.where(pairs, cosines, identity).nan_to_num(0.0) + ridge * identity
+    factor, _ = torch.linalg.cholesky_ex(matrix)  # without a check, which would synchronise with the host
+    return factor, usable.to(cosines.dtype)
+
+
+def _solution(cosines: Tensor, usable: Tensor, ridge: float) -> Tensor:
+    """w with C w = 1 on the usable tasks and 0 elsewhere."""
+    factor, right = _system(cosines, usable, ridge)
+    w = _solve(factor, right)
+    for _ in range(_REFINEMENTS):
+        w = w + _solve(factor, right * (1.0 - cosines @ w))
+    return w
+
+
+def _solve(factor: Tensor, right: Tensor) -> Tensor:
+    return torch.cholesky_solve(right[:, None], factor)[:, 0]
+
+
+def _has_impartial_direction(cosines: Tensor, usable: Tensor, w: Tensor) -> Tensor:
+    residual = torch.where(usable, cosines @ w - 1.0, 0.0).abs()
+    return residual.amax() <= _RESIDUAL
+
+
+def _nonnegative_solution(cosines: Tensor, usable: Tensor, ridge: float) -> Tensor:
+    """The w of least |sum w_t u_t| among w >= 0, up to its scale, by block principal pivoting.
+
+    It solves the complementarity problem w >= 0, y = C w - 1 >= 0, w y = 0: guess which tasks have a weight, solve
+    for these, then move every task that contradicts the guess to the other side (Portugal, Judice and Vicente, A
+    comparison of block pivoting and interior-point algorithms for linear least squares problems with nonnegative
+    variables, Math. Comp. 63, 1994). After a few exchanges that do not help, only the last contradicting task moves,
+    which cannot cycle. The number of rounds is fixed and every choice is made on the device.
+    """
+    count = usable.shape[0]
+    order = torch.arange(count, device=cosines.device)
+    regular = cosines + ridge * torch.eye(count, dtype=cosines.dtype, device=cosines.device)
+    chosen = usable
+    fewest = torch.full((), count + 1, device=cosines.device)
+    patience = torch.full((), 3, device=cosines.device)
+    for _ in range(8 + 4 * count.bit_length()):
+        factor, right = _system(cosines, chosen, ridge)
+        w = torch.where(chosen, _solve(factor, right), 0.0)
+        y = regular @ w - 1.0
+        wrong = (chosen & (w < 0)) | (usable & ~chosen & (y < -1e-12))
+        number = wrong.sum()
+        better = number < fewest
+        fewest = torch.where(better, number, fewest)
+        patience = torch.where(better, 3, patience - 1)
+        last = order == torch.where(wrong, order, -1).amax()
+        exchanged = torch.where(patience >= 0, wrong, last & wrong)
+        chosen = chosen ^ exchanged
+    return w.clamp(min=0.0)

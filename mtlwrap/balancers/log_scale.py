@@ -1,0 +1,147 @@
+"""What UW and IMTL-L share: one learned logarithm of a scale per loss."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtlwrap.balancers.base import LossBalancer, select
+
+
+class LogScaleBalancer(LossBalancer):
+    """A loss balancer that learns one number per loss, the logarithm of its scale.
+
+    The number is learned by the user's optimizer: put ``model.balancer_parameters()`` into it, without weight decay,
+    which would pull the scales to 1. It acts within ``[-bound, bound]``; beyond the bound only a gradient that leads
+    back inside reaches it, so it neither runs away (a loss of exactly zero would take it to infinity) nor sticks.
+
+    Derived classes name the parameter in ``_parameter``.
+    """
+
+    _parameter: str
+
+    def __init__(
+        self, shape: int | Sequence[int] | None, init: float | Sequence[float] | None, bound: float
+    ) -> None:
+        super().__init__()
+        if not (isinstance(bound, int | float) and math.isfinite(bound) and bound > 0):
+            raise ValueError(f"bound: expected a positive finite number, got {bound!r}.")
+        self.bound = float(bound)
+        self._init = _checked_init(init, self.bound)
+        self.shape = _checked_shape(shape)
+        if self.shape is None and isinstance(self._init, list):
+            self.shape = (len(self._init),)
+        self.register_parameter(self._parameter, None)
+        if self.shape is not None:
+            if len(self.shape) == 1:
+                self.num_tasks = self.shape[0]
+            self._allocate()
+
+    def bind(self, num_tasks: int) -> None:
+        """See :meth:`Balancer.bind`; a balancer that was made without a shape gets its parameter here."""
+        if self.shape is None:
+            self.shape = (num_tasks,)
+            self._allocate()
+        elif self.shape != (num_tasks,):
+            raise ValueError(
+                f"{type(self).__name__} was made for values of shape {self.shape}, but the model has {num_tasks} "
+                f"heads; expected the shape {num_tasks}, or none at all."
+            )
+        super().bind(num_tasks)
+
+    def reset(self) -> None:
+        """Set every log-scale to its initial value. An optimizer's memory of it is the optimizer's to clear."""
+        parameter = self._parameters[self._parameter]
+        if parameter is not None:
+            with torch.no_grad():
+                parameter.copy_(self._initial())
+
+    @abstractmethod
+    def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        """The scalar, 0-dim; see :meth:`Balancer.scalarize`."""
+
+    def extra_repr(self) -> str:
+        """Shape and bound."""
+        return f"shape={self.shape}, bound={self.bound:g}"
+
+    def log_scales(self, losses: Tensor, tasks: Sequence[int] | None) -> Tensor:
+        """The log-scales that belong to ``losses``, within the bound, in at least float32.
+
+        Raises:
+            ValueError: the balancer does not know its shape yet, or ``losses`` has another one.
+        """
+        parameter = self._parameters[self._parameter]
+        if parameter is None:
+            raise ValueError(
+                f"{type(self).__name__} was made without a shape. Give it one, {type(self).__name__}(shape), or hand "
+                "it to a MultiTaskModel, which tells it the number of tasks."
+            )
+        chosen = select(parameter, tasks)
+        if losses.shape != chosen.shape:
+            raise ValueError(
+                f"{type(self).__name__}: expected values of shape {tuple(chosen.shape)}, got {tuple(losses.shape)}."
+            )
+        wide = torch.promote_types(torch.promote_types(chosen.dtype, losses.dtype), torch.float32)
+        bounded: Tensor = _Bounded.apply(chosen.to(device=losses.device, dtype=wide), self.bound)
+        return bounded
+
+    def _allocate(self) -> None:
+        self.register_parameter(self._parameter, nn.Parameter(self._initial()))
+
+    def _initial(self) -> Tensor:
+        if self.shape is None:
+            raise ValueError(f"{type(self).__name__} was made without a shape.")
+        if not isinstance(self._init, list):
+            return torch.full(self.shape, self._init)
+        if math.prod(self.shape) != len(self._init):
+            raise ValueError(
+                f"init: expected one number, or {math.prod(self.shape)} for the shape {self.shape}, "
+                f"got {len(self._init)}."
+            )
+        return torch.tensor(self._init, dtype=torch.get_default_dtype()).reshape(self.shape)
+
+
+class _Bounded(torch.autograd.Function):
+    """Clamp, but beyond a bound let the gradient through that leads back inside."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, bound: float) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.bound = bound
+        return values.clamp(-bound, bound)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (values,) = ctx.saved_tensors
+        (gradient,) = gradients
+        # A descent step moves against the gradient.
+        outward = ((values >= ctx.bound) & (gradient < 0)) | ((values <= -ctx.bound) & (gradient > 0))
+        return torch.where(outward, torch.zeros_like(gradient), gradient), None
+
+
+def _checked_shape(shape: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    if shape is None:
+        return None
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"shape: expected an int or a sequence of ints, got {shape!r}.")
+        if size < 1:
+            raise ValueError(f"shape: expected sizes of at least 1, got {shape!r}.")
+    return sizes
+
+
+def _checked_init(init: float | Sequence[float] | None, bound: float) -> float | list[float]:
+    if init is None:
+        return 0.0
+    given = init.tolist() if isinstance(init, Tensor) else init
+    values = list(given) if isinstance(given, Sequence) else [given]
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"init: expected a number, or one per task, got {init!r}.")
+        if not abs(value) <= bound:
+            raise ValueError(f"init: expected log-scales within [-{bound:g}, {bound:g}], got {value}.")
+    return [float(value) for value in values] if isinstance(given, Sequence) else float(values[0])

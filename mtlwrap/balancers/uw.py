@@ -1,0 +1,99 @@
+"""UW, uncertainty weighting."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mtlwrap.balancers.base import select
+from mtlwrap.balancers.log_scale import LogScaleBalancer
+
+Likelihood = Literal["regression", "classification", "laplace"]
+
+# likelihood: the factor before the loss, and before the log-variance
+_FACTORS: dict[str, tuple[float, float]] = {
+    "regression": (0.5, 0.5),
+    "classification": (1.0, 0.5),
+    "laplace": (1.0, 1.0),
+}
+
+
+class UW(LogScaleBalancer):
+    r"""Uncertainty weighting: every loss is divided by the learned variance of its task.
+
+    Kendall, Gal and Cipolla, `Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics
+    <https://arxiv.org/abs/1705.07115>`_ (CVPR 2018). With :math:`s_i` the learned ``log_variance`` of task :math:`i`:
+
+    .. math:: \sum_i \left( a_i e^{-s_i} L_i + c_i s_i \right)
+
+    - ``"regression"``: :math:`a = c = \tfrac12`, :math:`s = \log\sigma^2`, for a squared error (Eq. 5, 7);
+      the formula of TorchJD, for every kind of loss;
+    - ``"classification"``: :math:`a = 1, c = \tfrac12`, :math:`s = \log\sigma^2`, for a cross-entropy (Eq. 10);
+    - ``"laplace"``: :math:`a = c = 1`, :math:`s = \log b`, for an absolute error, a Laplace likelihood of scale b.
+
+    At the minimum over :math:`s` regression and classification both weigh a loss by :math:`1 / 2L`, Laplace by
+    :math:`1 / L`. The objective becomes negative where a loss falls below about 1: that is normal, watch the losses
+    themselves. A loss of zero takes its log-variance to ``-bound`` and no further.
+
+    Zeros at the start, as in TorchJD (LibMTL: -0.5); the paper finds that any start from -2 to 5 converges.
+
+    Args:
+        shape: the shape of the values, an int ``n`` for ``(n,)``; None leaves it to the model.
+        likelihood: one for all, or one per task.
+        init: the initial log-variances, one number or one per value; None for zeros.
+        bound: log-variances act within ``[-bound, bound]``.
+
+    Shape:
+        ``values``: ``shape``; the result is 0-dim.
+
+    Raises:
+        TypeError, ValueError: an argument is not of the stated kind or range.
+
+    Example:
+        >>> import torch
+        >>> UW(2)(torch.tensor([1.0, 3.0]))  # at zero log-variance, half the sum
+        tensor(2., grad_fn=<SumBackward0>)
+        >>> UW(2, likelihood=["regression", "classification"])(torch.tensor([1.0, 3.0]))
+        tensor(3.5000, grad_fn=<SumBackward0>)
+    """
+
+    log_variance: nn.Parameter
+    _parameter = "log_variance"
+    _loss_factor: Tensor
+    _penalty_factor: Tensor
+
+    def __init__(
+        self,
+        shape: int | Sequence[int] | None = None,
+        likelihood: Likelihood | Sequence[Likelihood] = "regression",
+        *,
+        init: float | Sequence[float] | None = None,
+        bound: float = 20.0,
+    ) -> None:
+        per_task = not isinstance(likelihood, str)
+        kinds = list(likelihood) if per_task else [likelihood]
+        for kind in kinds:
+            if kind not in _FACTORS:
+                raise ValueError(f"likelihood: expected one of {', '.join(map(repr, _FACTORS))}, got {kind!r}.")
+        super().__init__(len(kinds) if per_task and shape is None else shape, init, bound)
+        if per_task and self.shape != (len(kinds),):
+            raise ValueError(f"likelihood: expected one, or one per value for shape {self.shape}, got {len(kinds)}.")
+        self.likelihood = likelihood
+        factors = torch.tensor([_FACTORS[kind] for kind in kinds], dtype=torch.get_default_dtype())
+        factors = factors if per_task else factors[0]
+        # Options, not state: kept out of the state_dict.
+        self.register_buffer("_loss_factor", factors[..., 0].clone(), persistent=False)
+        self.register_buffer("_penalty_factor", factors[..., 1].clone(), persistent=False)
+
+    def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:  # noqa: D102 - see the base
+        scales = self.log_scales(losses, tasks)
+        loss_factor, penalty_factor = (
+            (factor if factor.dim() == 0 else select(factor, tasks)).to(losses.device)
+            for factor in (self._loss_factor, self._penalty_factor)
+        )
+        return (loss_factor * torch.exp(-scales) * losses + penalty_factor * scales).sum()
+
+    def extra_repr(self) -> str:
+        """Shape, likelihood and bound."""
+        return f"shape={self.shape}, likelihood={self.likelihood!r}, bound={self.bound:g}"

@@ -1,0 +1,546 @@
+"""The fork: one autograd node at which the gradients of all tasks meet, and the node that tells it when to balance.
+
+A balanced step, forward: the backbone's representation passes through :class:`_ForkNode`, which hands every head an
+alias of its own; the heads make predictions, the user makes losses; :meth:`Junction.scalarize` passes them through
+:class:`_LossesNode`, the balancer's scalar through :class:`_ScalarNode`. Backward, in this order: the scalar node
+notes what the total was multiplied with and leaves an order at the forks that the losses came from; the losses node
+notes each loss's factor; the heads run; the fork, once every head has sent its gradient, finds the order and
+balances. A fork that finds none is a plain sum: in a backward pass that did not come through ``scalarize`` the
+wrapper is not there.
+
+Nothing outside this file knows autograd's internals. The two names of torch used here that are not public,
+``torch._lazy_clone`` and the graph task's id, each have a fall-back.
+"""
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from mtlwrap.balancers.base import Balancer
+from mtlwrap.gradients import TaskGradients
+from mtlwrap.losses import Losses, checked_auxiliary, collect
+from mtlwrap.step import Scope, current_scope
+from mtlwrap.structure import differentiable_tensors, replace_tensors
+
+_lazy_clone = getattr(torch, "_lazy_clone", None)
+
+
+def _unknown_graph_task() -> int:
+    return 0
+
+
+# The number of the running backward pass. Without it an order that was never taken could be taken by a later pass.
+_graph_task_id = getattr(torch._C, "_current_graph_task_id", _unknown_graph_task)
+# Whether the running backward pass keeps the graph. Without it a spent fork counts as alive until it is collected.
+_keeps_graph = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", lambda: True)
+
+
+class Report:
+    """What the last balanced backward of a model leaves behind for its user."""
+
+    def __init__(self) -> None:
+        self.weights: Tensor | None = None
+        self._gradients: TaskGradients | None = None
+        self._scope: Scope | None = None
+
+    @property
+    def gradients(self) -> TaskGradients | None:
+        """The task gradients, while the step's scope is open."""
+        return self._gradients if self._scope is not None and self._scope.is_open else None
+
+    def fill(self, weights: Tensor | None, gradients: TaskGradients, scope: Scope | None) -> None:
+        """Note the outcome of a balanced backward; the gradients only if a scope will free them."""
+        self.weights = weights
+        self._gradients, self._scope = None, scope
+        if scope is not None and scope.is_open:
+            scope.add(gradients)
+            self._gradients = gradients
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model, or a pickle, is no part of the step that is running.
+        return {"weights": self.weights, "_gradients": None, "_scope": None}
+
+
+class _Order:
+    """What one ``scalarize`` tells the forks: who takes part, and, during the backward, what was multiplied in."""
+
+    def __init__(self, taking_part: tuple[bool, ...]) -> None:
+        self.taking_part = taking_part
+        self.losses: Tensor | None = None
+        self.scale: Tensor | None = None
+        self.loss_factors: Tensor | None = None
+
+    def spread(self, values: Tensor | None, absent: float) -> Tensor | None:
+        """Values of the tasks that take part, at their places among all tasks."""
+        if values is None or all(self.taking_part):
+            return values
+        remaining = iter(values.unbind())
+        filler = torch.full_like(values[0], absent)
+        return torch.stack([next(remaining) if present else filler for present in self.taking_part])
+
+
+class _ForkState:
+    """One passage through the fork. It belongs to the graph; the model knows it weakly, so the model holds no graph."""
+
+    def __init__(self, junction: "Junction", balancer: Balancer, tasks: tuple[int, ...], num_tensors: int) -> None:
+        self.owner = weakref.ref(junction)
+        self.balancer = balancer
+        self.report = junction.report
+        self.tasks = tasks
+        self.num_tasks = len(junction.tasks)
+        self.num_tensors = num_tensors
+        self.scope = current_scope()
+        self.spent = False
+        self.node: weakref.ref[Any] | None = None
+        self._order: tuple[int, _Order] | None = None
+
+    def leave(self, order: _Order) -> None:
+        """Called by the scalar node: in this backward pass the fork balances."""
+        pending = self._order
+        if pending is not None and pending[0] == _graph_task_id() and pending[1] is not order:
+            raise ValueError(
+                "Two scalarized totals of the same forward met in one backward pass. Hand all losses of a forward "
+                "to one call of scalarize, or run a backward pass for each total."
+            )
+        self._order = (_graph_task_id(), order)
+
+    def take(self) -> _Order | None:
+        """Called by the fork: the order left in this very backward pass, if there is one."""
+        pending, self._order = self._order, None
+        return pending[1] if pending is not None and pending[0] == _graph_task_id() else None
+
+    def by_task(self, gradients: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
+        """The arriving gradients, sorted: for each tensor of the representation, one entry per task."""
+        parts: list[list[Tensor | None]] = [[None] * self.num_tasks for _ in range(self.num_tensors)]
+        for position, task in enumerate(self.tasks):
+            for tensor in range(self.num_tensors):
+                parts[tensor][task] = gradients[position * self.num_tensors + tensor]
+        return parts
+
+    def balance(self, parts: list[list[Tensor | None]], order: _Order) -> list[Tensor | None]:
+        """The shared gradient of each tensor of the representation, as the balancer decides."""
+        gradients = TaskGradients.from_parts(
+            parts, order.taking_part, order.spread(order.losses, torch.nan), order.scale
+        )
+        with torch.no_grad():
+            weights = self.balancer.weigh(gradients)
+        if weights is None:
+            shared = gradients.scaled(self.balancer.combine(gradients))
+        else:
+            shared = gradients.scaled_sum(weights)
+        self.report.fill(self._raw_weights(weights, order), gradients, self.scope)
+        return [None if all(g is None for g in part) else s for part, s in zip(parts, shared, strict=True)]
+
+    @staticmethod
+    def _raw_weights(weights: Tensor | None, order: _Order) -> Tensor | None:
+        """With what factor each *raw* loss's gradient entered: the balancer's weight times the loss's own factor."""
+        factors = order.spread(order.loss_factors, 0.0)
+        if weights is None or factors is None:
+            return None
+        return weights.detach() * factors.to(weights.device)
+
+
+class _ForkNode(torch.autograd.Function):
+    """Forward: an alias of each tensor for each task. Backward: one gradient for each tensor."""
+
+    @staticmethod
+    def forward(state: _ForkState, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # The balancer's parameters are among the inputs, behind the representation, so that whoever searches the
+        # graph of the predictions for the parameters in use (DDP) finds them.
+        return tuple(alias(tensor) for _ in state.tasks for tensor in tensors[: state.num_tensors])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.state = inputs[0]
+        ctx.num_parameters = len(inputs) - 1 - ctx.state.num_tensors
+        ctx.state.node = weakref.ref(ctx)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        state: _ForkState = ctx.state
+        order = state.take()
+        state.spent = not _keeps_graph()
+        parts = state.by_task(gradients)
+        with torch.autocast(_device_type(gradients), enabled=False):
+            shared = [_plain_sum(part) for part in parts] if order is None else state.balance(parts, order)
+        return (None, *shared, *[None] * ctx.num_parameters)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        own = tangents[1 : 1 + ctx.state.num_tensors]
+        return tuple(None if t is None else t.clone() for _ in ctx.state.tasks for t in own)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], state: _ForkState, *tensors: Tensor) -> tuple[Any, ...]:
+        return _ForkNode.apply(state, *tensors), in_dims[1 : 1 + state.num_tensors] * len(state.tasks)
+
+
+class _LossesNode(torch.autograd.Function):
+    """Forward: the losses as one vector. Backward: notes the factor with which each enters the total."""
+
+    @staticmethod
+    def forward(ctx: Any, order: _Order, *losses: Tensor) -> Tensor:
+        ctx.order = order
+        ctx.like = [(loss.dtype, loss.device) for loss in losses]
+        order.losses = _vector(losses)
+        return order.losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (gradient,) = gradients
+        order: _Order = ctx.order
+        scale = order.scale
+        detached = gradient.detach()
+        order.loss_factors = detached if scale is None else detached / torch.where(scale == 0, 1.0, scale)
+        returned = zip(gradient.unbind(), ctx.like, strict=True)
+        return (None, *(g.to(dtype=dtype, device=device) for g, (dtype, device) in returned))
+
+
+class _ScalarNode(torch.autograd.Function):
+    """Forward: the total. Backward: leaves the order, with what the total was multiplied with, at the forks."""
+
+    @staticmethod
+    def forward(ctx: Any, order: _Order, forks: Sequence[_ForkState], total: Tensor) -> Tensor:
+        ctx.order = order
+        ctx.forks = forks
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (gradient,) = gradients
+        ctx.order.scale = gradient.detach()
+        for fork in ctx.forks:
+            fork.leave(ctx.order)
+        return None, None, gradient
+
+
+class Junction:
+    """What all forks of one model have in common: the tasks, which forks are alive, what the last backward left.
+
+    It does not know the model and holds no tensor of a graph.
+    """
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        self.tasks = tuple(tasks)
+        self.report = Report()
+        # The last forward under gradients: True if it forked, False if its representation needed no gradient.
+        self._forked: bool | None = None
+        self._alive: list[weakref.ref[_ForkState]] = []
+        self._lock = threading.Lock()
+        # Sets of tasks whose losses were seen to read no head but their own.
+        self._trusted: set[tuple[bool, ...]] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Forks belong to graphs, and a copy of a model has none yet.
+        return {"tasks": self.tasks, "report": self.report}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["tasks"])  # type: ignore[misc]
+        self.report = state["report"]
+
+    @torch.compiler.disable
+    def fork(self, representation: Any, balancer: Balancer, tasks: Sequence[int]) -> list[Any]:
+        """An alias of the representation for each of ``tasks``: the same values, safe from each other's writes."""
+        tensors = differentiable_tensors(representation)
+        if not tensors:
+            raise TypeError(
+                f"representation: expected floating-point tensors, found none in a {type(representation).__name__}."
+            )
+        forked = [t for t in tensors if t.requires_grad] if torch.is_grad_enabled() else []
+        aliases = self._through_node(forked, balancer, tuple(tasks))
+        if torch.is_grad_enabled():
+            self._forked = bool(forked)
+        return [_with_aliases(representation, own) for own in aliases]
+
+    def _through_node(self, tensors: list[Tensor], balancer: Balancer, tasks: tuple[int, ...]) -> list[dict[int, Tensor]]:
+        if not tensors:
+            return [{} for _ in tasks]
+        state = _ForkState(self, balancer, tasks, len(tensors))
+        parameters = [p for p in balancer.parameters() if p.requires_grad]
+        outputs = _ForkNode.apply(state, *tensors, *parameters)
+        with self._lock:
+            self._alive.append(weakref.ref(state))
+        keys = [id(tensor) for tensor in tensors]
+        count = len(tensors)
+        return [
+            dict(zip(keys, outputs[position * count : (position + 1) * count], strict=True))
+            for position in range(len(tasks))
+        ]
+
+    @torch.compiler.disable
+    def scalarize(
+        self, losses: Sequence[Tensor | None], balancer: Balancer, auxiliary: Tensor | None = None
+    ) -> Tensor:
+        """The total to call ``backward`` on, with the order to balance attached; ``losses`` has one entry per task."""
+        tracking = torch.is_grad_enabled()
+        taking_part = tuple(loss is not None and (loss.requires_grad or not tracking) for loss in losses)
+        chosen = [loss for loss, present in zip(losses, taking_part, strict=True) if loss is not None and present]
+        if not chosen and any(loss is not None for loss in losses):
+            raise ValueError(
+                "None of the losses requires grad: there is nothing to train. Was the forward run under "
+                "torch.no_grad, or were the predictions detached?"
+            )
+        tasks = None if all(taking_part) else [t for t, present in enumerate(taking_part) if present]
+        if not tracking:
+            total = balancer.scalarize(_vector(chosen), tasks) if chosen else torch.zeros(())
+            return total if auxiliary is None else total + auxiliary
+        if auxiliary is not None:
+            self._check_auxiliary(auxiliary)
+        if not chosen:  # a batch without a label: backward works and does nothing
+            total = torch.zeros((), requires_grad=True)
+            return total if auxiliary is None else total.to(auxiliary.device) + auxiliary
+        forks = self._forks_of(losses, taking_part)
+        order = _Order(taking_part)
+        total = balancer.scalarize(_LossesNode.apply(order, *chosen), tasks)
+        if not isinstance(total, Tensor) or total.dim() != 0:
+            shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
+            raise ValueError(f"{type(balancer).__name__}.scalarize: expected to return a 0-dim tensor, got {shape}.")
+        total = _ScalarNode.apply(order, forks, total)
+        return total if auxiliary is None else total + auxiliary
+
+    def _living(self) -> list[_ForkState]:
+        """The forks whose graph can still be run backward."""
+        with self._lock:
+            states = [state for reference in self._alive if (state := reference()) is not None]
+            self._alive = [weakref.ref(state) for state in states]
+        return [state for state in states if not state.spent and state.node is not None and state.node() is not None]
+
+    def _forks_of(self, losses: Sequence[Tensor | None], taking_part: tuple[bool, ...]) -> list[_ForkState]:
+        """The forks that these losses came from.
+
+        Usually a single fork is alive, and it is that one. Where several are, or a set of tasks comes for the first
+        time, the graph is walked from every loss.
+        """
+        living = self._living()
+        if len(living) == 1 and taking_part in self._trusted:
+            return living
+        present = [task for task, present in enumerate(taking_part) if present]
+        walks = {task: _Walk(losses[task], self) for task in present}
+        forks = self._common_forks(walks)
+        for task, walk in walks.items():
+            self._check_reads_own_head(task, losses[task], walk)
+        self._trusted.add(taking_part)
+        return forks
+
+    def _common_forks(self, walks: "dict[int, _Walk]") -> list[_ForkState]:
+        for task, walk in walks.items():
+            if walk.foreign and not walk.reached:
+                raise ValueError(
+                    f"The loss of task {self.tasks[task]!r} was computed from the representation of another model."
+                )
+        reached = {task: frozenset(walk.reached) for task, walk in walks.items() if walk.reached}
+        if not reached:
+            if self._forked is False:  # a frozen backbone: nothing to balance, the losses still are
+                return []
+            raise ValueError(
+                "No loss depends on a representation of this model: scalarize and backward need losses computed from "
+                "the predictions of a forward with gradients enabled. "
+                + ("There was no such forward yet." if self._forked is None else "Were the predictions detached?")
+                + " (A forward inside torch.no_grad, inference_mode or a reentrant checkpoint does not count.)"
+            )
+        first_task, first = next(iter(reached.items()))
+        for task, forks in reached.items():
+            if forks != first:
+                raise ValueError(
+                    f"The losses come from different forwards: that of task {self.tasks[first_task]!r} and that of "
+                    f"task {self.tasks[task]!r} do not depend on the same one. Expected the losses of one call of "
+                    "scalarize to come from the same forward (or, added up, from the same forwards)."
+                )
+        return list(first)
+
+    def _check_reads_own_head(self, task: int, loss: Tensor | None, walk: "_Walk") -> None:
+        """Refuse a loss that has a gradient on the alias of another task.
+
+        That it is connected to one says nothing yet (predictions that were stacked and unstacked again), so the
+        gradient itself is asked for, through the heads alone, where the graph allows it.
+        """
+        others = walk.aliases_of_others(task)
+        if not others or walk.opaque or loss is None:
+            return
+        edges = [edge for _, edge in others]
+        gradients = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+        for (other, _), gradient in zip(others, gradients, strict=True):
+            if gradient is not None and bool(gradient.count_nonzero()):
+                raise ValueError(
+                    f"The loss of task {self.tasks[task]!r} reads the prediction of task {self.tasks[other]!r}: it "
+                    "sends a gradient there. Expected each task's loss to depend on its own head only; detach the "
+                    "other prediction."
+                )
+
+    def _check_auxiliary(self, auxiliary: Tensor) -> None:
+        if auxiliary.requires_grad and _Walk(auxiliary, self).reached:
+            raise ValueError(
+                "auxiliary depends on the representation through the heads, where its gradient would be balanced as "
+                "if it were the tasks'. Expected a term that does not (a penalty on parameters, say); add this one to "
+                "the loss of the task whose prediction it reads."
+            )
+
+
+class _Walk:
+    """Which forks the graph of a loss leads to, and at which of their aliases it arrives."""
+
+    def __init__(self, loss: Tensor | None, junction: Junction) -> None:
+        self.reached: dict[_ForkState, set[int]] = {}
+        # Whether a fork of another model was met, and whether a node was met that mixes all it was compiled from.
+        self.foreign = False
+        self.opaque = False
+        start = None if loss is None else loss.grad_fn
+        stack: list[tuple[Node, int]] = [] if start is None or loss is None else [(start, loss.output_nr)]
+        visited: set[Node] = set()
+        while stack:
+            node, output = stack.pop()
+            state = node.state if getattr(type(node), "_forward_cls", None) is _ForkNode else None  # type: ignore[attr-defined]
+            if state is not None and state.owner() is junction:
+                self.reached.setdefault(state, set()).add(output)
+                continue  # what lies behind is the backbone's
+            if node in visited:
+                continue
+            visited.add(node)
+            self.foreign = self.foreign or state is not None
+            self.opaque = self.opaque or node.name() == "CompiledFunctionBackward"
+            stack.extend((following, nr) for following, nr in node.next_functions if following is not None)
+
+    def aliases_of_others(self, task: int) -> list[tuple[int, GradientEdge]]:
+        """The aliases of other tasks at which the walk arrived."""
+        found = []
+        for state, outputs in self.reached.items():
+            node = state.node() if state.node is not None else None
+            for output in sorted(outputs):
+                other = state.tasks[output // state.num_tensors]
+                if other != task and node is not None:
+                    found.append((other, GradientEdge(node, output)))
+        return found
+
+
+class Fork:
+    """One passage through a fork that stands on its own; :func:`fork` makes it.
+
+    Attributes:
+        aliases: the representation, once for each task.
+    """
+
+    def __init__(self, representation: Any, balancer: Balancer, junction: Junction) -> None:
+        self._junction = junction
+        self._balancer = balancer
+        self.aliases: list[Any] = junction.fork(representation, balancer, range(len(junction.tasks)))
+
+    def scalarize(self, losses: Losses, auxiliary: Tensor | None = None) -> Tensor:
+        """The scalar, 0-dim, whose ``backward()`` is a balanced step; as :meth:`MultiTaskModel.scalarize`."""
+        return self._junction.scalarize(
+            collect(losses, self._junction.tasks), self._balancer, checked_auxiliary(auxiliary)
+        )
+
+    @property
+    def task_weights(self) -> Tensor | None:
+        """The factors of the raw gradients in the last balanced backward, ``[T]``; None before there was one."""
+        return self._junction.report.weights
+
+    @property
+    def task_gradients(self) -> TaskGradients | None:
+        """The gradients of the last balanced backward, inside :func:`~mtlwrap.cached`; else None."""
+        return self._junction.report.gradients
+
+
+# One junction for all forks of a balancer: it outlives the single step, as that of a model does.
+_junctions: "weakref.WeakKeyDictionary[Balancer, Junction]" = weakref.WeakKeyDictionary()
+
+
+@torch.compiler.disable
+def fork(representation: Any, balancer: Balancer, num_tasks: int) -> Fork:
+    """The fork itself, for a model that is not one backbone with heads (MMoE, MTAN, cross-stitch).
+
+    Call it in each forward, where the shared part ends: ``aliases[t]`` is the representation for task t. The gradients
+    that come back through the aliases are balanced in the backward of ``scalarize(losses)``, and only there.
+
+    Args:
+        representation: what the tasks share; a tensor, or tensors in any container that :class:`MultiTaskModel` takes.
+        balancer: the same object in every step. Make it for ``num_tasks`` tasks, and put its parameters into your
+            optimizer.
+        num_tasks: the number of tasks.
+
+    Raises:
+        TypeError: ``balancer`` is no balancer, or the representation holds no floating-point tensor.
+        ValueError: ``num_tasks`` is not positive, or not the number that the balancer was made for.
+
+    Example:
+        >>> import torch
+        >>> from mtlwrap import IMTL, fork
+        >>> experts = [torch.nn.Linear(4, 8) for _ in range(3)]
+        >>> gates = [torch.nn.Linear(4, 3) for _ in range(2)]
+        >>> balancer = IMTL(2)
+        >>> x = torch.randn(16, 4)
+        >>> shared = fork([expert(x) for expert in experts], balancer, 2)
+        >>> mixed = [
+        ...     sum(share * e for share, e in zip(gate(x).softmax(1).T.unsqueeze(2), own))
+        ...     for gate, own in zip(gates, shared.aliases)
+        ... ]
+        >>> shared.scalarize([m.square().mean() for m in mixed]).backward()
+        >>> shared.task_weights.shape
+        torch.Size([2])
+    """
+    if not isinstance(balancer, Balancer):
+        raise TypeError(f"balancer: expected a balancer of mtlwrap, got {type(balancer).__name__}.")
+    if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
+        raise ValueError(f"num_tasks: expected a positive int, got {num_tasks!r}.")
+    known = _junctions.get(balancer)
+    made_for = balancer.num_tasks if known is None else len(known.tasks)
+    if made_for is not None and made_for != num_tasks:
+        raise ValueError(f"num_tasks: {type(balancer).__name__} was made for {made_for} tasks, got {num_tasks}.")
+    if known is None:
+        known = _junctions[balancer] = Junction([str(task) for task in range(num_tasks)])
+    return Fork(representation, balancer, known)
+
+
+def alias(tensor: Tensor) -> Tensor:
+    """The same values in a tensor of its own: copied when someone writes, as long as torch can tell; else at once."""
+    if _lazy_clone is not None and type(tensor) in (Tensor, torch.nn.Parameter):
+        try:
+            aliased: Tensor = _lazy_clone(tensor)
+        except (RuntimeError, NotImplementedError):  # sparse, quantized, under a transform of torch.func
+            pass
+        else:
+            return aliased
+    return tensor.clone()
+
+
+def aliases(representation: Any) -> Any:
+    """The representation with every tensor aliased, one that occurs twice only once; gradients pass through."""
+    return _with_aliases(representation, {})
+
+
+def _with_aliases(representation: Any, known: dict[int, Tensor]) -> Any:
+    known = dict(known)
+
+    def substitute(tensor: Tensor) -> Tensor:
+        if id(tensor) not in known:
+            known[id(tensor)] = alias(tensor)
+        return known[id(tensor)]
+
+    return replace_tensors(representation, substitute)
+
+
+def _plain_sum(part: Sequence[Tensor | None]) -> Tensor | None:
+    """What autograd itself would have added up, in the order in which it does: the last task first."""
+    total: Tensor | None = None
+    for gradient in reversed(part):
+        if gradient is not None:
+            total = gradient if total is None else total + gradient
+    return total
+
+
+def _vector(losses: Sequence[Tensor]) -> Tensor:
+    """The losses as one detached vector, in float32 or wider, on the device of the first."""
+    wide = torch.float32
+    for loss in losses:
+        wide = torch.promote_types(wide, loss.dtype)
+    return torch.stack([loss.detach().to(device=losses[0].device, dtype=wide) for loss in losses])
+
+
+def _device_type(gradients: Sequence[Tensor | None]) -> str:
+    return next((g.device.type for g in gradients if g is not None), "cpu")

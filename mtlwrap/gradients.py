@@ -1,0 +1,309 @@
+"""What a gradient balancer sees of a step: one gradient per task, and what follows from them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+# Columns of the gradient matrix that are handled at once: small enough to stay in a processor's cache.
+_BLOCK = 1 << 15
+
+
+class TaskGradients:
+    r"""The gradients :math:`g_1, \dots, g_T` of the tasks' losses with respect to the shared representation.
+
+    It is the only thing that a :class:`~mtlwrap.GradientBalancer` sees. Everything in it is computed when it is
+    first asked for, once, without a graph, without autocast, and without synchronising with the host.
+
+    The gradients are those of the losses as they were given: what a trainer multiplied the total with (a loss
+    scale, a division by accumulation steps) is divided out. A task that takes no part in the step has a gradient
+    of zero. Several tensors in the representation count as one long vector.
+
+    Inner products are accumulated in float64 (float32 on devices that have no float64), whatever the gradients'
+    own precision and whatever precision is allowed for matrix products elsewhere: a sum of squares of float32
+    numbers then neither overflows nor loses the small ones.
+
+    Args:
+        matrix: the gradients as rows, ``[T, n]``, floating point.
+        losses: the tasks' losses, ``[T]``, or None where they are not known.
+
+    Raises:
+        TypeError: ``matrix`` is not a floating-point tensor.
+        ValueError: ``matrix`` is not two-dimensional or has no row, or ``losses`` has another length.
+
+    Example:
+        >>> import torch
+        >>> gradients = TaskGradients(torch.tensor([[3.0, 0.0], [0.0, 4.0], [3.0, 4.0]]))
+        >>> gradients.norms.tolist()
+        [3.0, 4.0, 5.0]
+        >>> gradients.cosines[0].tolist()
+        [1.0, 0.0, 0.6]
+    """
+
+    def __init__(self, matrix: Tensor, losses: Tensor | None = None) -> None:
+        if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+            kind = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+            raise TypeError(f"matrix: expected a floating-point tensor of shape [tasks, n], got {kind}.")
+        if matrix.dim() != 2 or matrix.shape[0] == 0:
+            raise ValueError(f"matrix: expected the shape [tasks, n] with a row per task, got {tuple(matrix.shape)}.")
+        if losses is not None and losses.shape != matrix.shape[:1]:
+            raise ValueError(f"losses: expected the shape [{matrix.shape[0]}], got {tuple(losses.shape)}.")
+        self._fill([list(matrix.unbind())], [True] * matrix.shape[0], losses, None)
+
+    @classmethod
+    def from_parts(
+        cls,
+        parts: Sequence[Sequence[Tensor | None]],
+        taking_part: Sequence[bool],
+        losses: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> "TaskGradients":
+        """From gradients as autograd hands them over.
+
+        Args:
+            parts: for each tensor of the representation, the gradient of each task, None where there is none.
+            taking_part: for each task, whether it takes part in this step.
+            losses: the tasks' losses, ``[T]``.
+            scale: what the total was multiplied with, 0-dim; it is divided out of every answer.
+        """
+        gradients = cls.__new__(cls)
+        gradients._fill(parts, taking_part, losses, scale)
+        return gradients
+
+    def _fill(
+        self,
+        parts: Sequence[Sequence[Tensor | None]],
+        taking_part: Sequence[bool],
+        losses: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:
+        self._taking_part = tuple(taking_part)
+        self._parts = [
+            [gradient if present else None for gradient, present in zip(part, taking_part, strict=True)]
+            for part in parts
+        ]
+        first = next((g for part in self._parts for g in part if g is not None), None)
+        self._like = first if first is not None else torch.zeros(0)
+        self._layouts = [_Layout(part) for part in self._parts]
+        self._losses = losses
+        self._scale = scale
+        self._released = False
+
+    def __repr__(self) -> str:
+        return f"TaskGradients(num_tasks={self.num_tasks}{', released' if self._released else ''})"
+
+    @property
+    def num_tasks(self) -> int:
+        """The number of tasks, T."""
+        return len(self._taking_part)
+
+    @property
+    def taking_part(self) -> tuple[bool, ...]:
+        """For each task, whether it takes part in this step: known on the host, at no synchronisation."""
+        return self._taking_part
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The floating-point type in which the gradients arrived."""
+        return _real(self._like.dtype)
+
+    @cached_property
+    def active(self) -> Tensor:
+        """For each task, whether it takes part in this step: boolean, ``[T]``, on the gradients' device."""
+        mask = torch.zeros(self.num_tasks, dtype=torch.bool, device=self._checked().device)
+        for task, present in enumerate(self._taking_part):
+            if present:
+                mask[task] = True  # a fill on the device; torch.tensor(..., device=...) would synchronise
+        return mask
+
+    @cached_property
+    def losses(self) -> Tensor:
+        """The tasks' losses as they were given, ``[T]``; NaN where a task takes no part or they are not known."""
+        self._checked()
+        if self._losses is None:
+            return torch.full((self.num_tasks,), torch.nan, device=self._like.device)
+        return self._losses.detach()
+
+    @cached_property
+    def gramian(self) -> Tensor:
+        r"""All inner products :math:`\langle g_s, g_t \rangle`: float64, ``[T, T]``."""
+        raw = self._raw_gramian
+        return raw / self._divisor(raw).square()
+
+    @cached_property
+    def norms(self) -> Tensor:
+        r"""The norms :math:`\lVert g_t \rVert_2`: float64, ``[T]``; zero for a task that takes no part."""
+        raw = self._raw_gramian.diagonal().sqrt()
+        return raw / self._divisor(raw).abs()
+
+    @cached_property
+    def cosines(self) -> Tensor:
+        r"""The cosines :math:`\langle g_s, g_t \rangle / \lVert g_s \rVert \lVert g_t \rVert`: float64, ``[T, T]``.
+
+        A gradient of zero has a cosine of 0 with every other, and of 1 with itself. They do not depend on how the
+        losses are scaled.
+        """
+        norms = self._raw_gramian.diagonal().sqrt()
+        norms = torch.where(norms == 0, 1.0, norms)
+        cosines = (self._raw_gramian / norms[:, None] / norms[None, :]).clamp(-1.0, 1.0)
+        # Exactly one on the diagonal, also for zero gradients; adding a NaN's own would hide it.
+        return torch.where(torch.eye(self.num_tasks, dtype=torch.bool, device=norms.device), 1.0, cosines)
+
+    @cached_property
+    def finite(self) -> Tensor:
+        """Whether every gradient is finite: boolean, 0-dim."""
+        return self._raw_gramian.diagonal().isfinite().all()
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """The gradients as rows, ``[T, n]``; the columns stand in the order in which the representation lies in memory.
+
+        Asking for it takes the memory of a copy of all gradients; nothing else here does.
+        """
+        with _plain_arithmetic(self._checked()):
+            rows = torch.stack([self._row(task) for task in range(self.num_tasks)])
+            return rows / self._divisor(rows).to(rows.dtype)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        r"""The vector :math:`\sum_t w_t g_t`, ``[n]``, over the tasks that take part, for weights of shape ``[T]``.
+
+        Raises:
+            ValueError: ``weights`` has another shape.
+        """
+        flat = [layout.flatten(p) for layout, p in zip(self._layouts, self.scaled_sum(weights), strict=True)]
+        total = flat[0] if len(flat) == 1 else torch.cat(flat)
+        return total if self._scale is None else total / self._divisor(total).to(total.dtype)
+
+    def release(self) -> None:
+        """Free all tensors; questions are refused from then on."""
+        self._released = True
+        self._parts = []
+        self._losses = self._scale = None
+        self._like = torch.zeros(0)
+        for name in ("active", "losses", "gramian", "norms", "cosines", "finite", "matrix", "_raw_gramian"):
+            self.__dict__.pop(name, None)
+
+    def scaled_sum(self, weights: Tensor) -> list[Tensor]:
+        """The weighted sum as autograd wants it back: a gradient for each tensor of the representation.
+
+        It is *not* divided by what the total was multiplied with: a weighted sum carries that along by itself, and
+        dividing and multiplying would only cost rounding.
+        """
+        self._checked()
+        if weights.shape != (self.num_tasks,):
+            raise ValueError(f"weights: expected the shape [{self.num_tasks}], got {tuple(weights.shape)}.")
+        return [
+            _weighted_sum(part, layout, weights.detach())
+            for part, layout in zip(self._parts, self._layouts, strict=True)
+        ]
+
+    def scaled(self, combined: Tensor) -> list[Tensor]:
+        """A combined gradient ``[n]`` as autograd wants it back: in pieces, times what the total was multiplied with."""
+        if self._scale is not None:
+            # The scale is float32 or wider, and may be beyond half precision's range.
+            combined = (combined * self._scale.reshape(1).to(combined.device)).to(combined.dtype)
+        pieces = combined.split([layout.size for layout in self._layouts])
+        return [layout.unflatten(piece) for layout, piece in zip(self._layouts, pieces, strict=True)]
+
+    def _checked(self) -> Tensor:
+        if self._released:
+            raise ValueError(
+                "These task gradients were freed when their step ended. Ask while the `with cached():` block in "
+                "which the forward ran is still open, and keep the answers."
+            )
+        return self._like
+
+    def _divisor(self, like: Tensor) -> Tensor:
+        if self._scale is None:
+            return torch.ones((), dtype=like.dtype, device=like.device)
+        scale = self._scale.to(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+        # A total that was multiplied with zero has gradients of zero, not of 0/0.
+        return torch.where(scale == 0, 1.0, scale)
+
+    def _row(self, task: int) -> Tensor:
+        pieces = []
+        for part, layout in zip(self._parts, self._layouts, strict=True):
+            gradient = part[task]
+            pieces.append(self._like.new_zeros(layout.size) if gradient is None else layout.flatten(gradient))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    @cached_property
+    def _raw_gramian(self) -> Tensor:
+        like = self._checked()
+        with _plain_arithmetic(like):
+            total = torch.zeros(self.num_tasks, self.num_tasks, dtype=_accumulator(like), device=like.device)
+            for part, layout in zip(self._parts, self._layouts, strict=True):
+                _add_gramian(total, [None if g is None else layout.flatten(g.detach()) for g in part])
+            return total
+
+
+class _Layout:
+    """How one tensor of the representation is read as a vector: in memory order, so that reading it copies nothing."""
+
+    def __init__(self, part: Sequence[Tensor | None]) -> None:
+        example = next((gradient for gradient in part if gradient is not None), None)
+        if example is None:  # no task sent a gradient for this tensor
+            example = torch.zeros(0)
+        self.dtype = example.dtype
+        self.size = example.numel() * (2 if example.is_complex() else 1)
+        self._order = tuple(sorted(range(example.dim()), key=lambda dim: -example.stride(dim)))
+        self._inverse = tuple(sorted(range(example.dim()), key=self._order.__getitem__))
+        self._shape = example.permute(self._order).shape
+
+    def flatten(self, gradient: Tensor) -> Tensor:
+        flat = gradient.permute(self._order).reshape(-1)
+        return torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+
+    def unflatten(self, flat: Tensor) -> Tensor:
+        if self.dtype.is_complex:
+            flat = torch.view_as_complex(flat.reshape(-1, 2))
+        return flat.reshape(self._shape).permute(self._inverse)
+
+
+def _add_gramian(total: Tensor, rows: list[Tensor | None]) -> None:
+    """Add the inner products of equally long vectors to ``total``, in blocks that are converted to its precision."""
+    length = next((row.numel() for row in rows if row is not None), 0)
+    # On an accelerator large blocks keep it busy; on a CPU small ones stay in the cache.
+    width = _BLOCK if total.device.type == "cpu" else _BLOCK << 6
+    block = total.new_zeros(len(rows), min(width, length))
+    for start in range(0, length, width):
+        piece = block[:, : min(width, length - start)]
+        for index, row in enumerate(rows):
+            if row is not None:
+                piece[index].copy_(row[start : start + width])
+        total.addmm_(piece, piece.T)
+
+
+def _weighted_sum(part: Sequence[Tensor | None], layout: _Layout, weights: Tensor) -> Tensor:
+    """The weighted sum for one tensor of the representation, last task first: the order in which autograd adds."""
+    # Half-precision gradients are summed in float32, where a weight beyond half's range is still a number.
+    wide = torch.promote_types(layout.dtype, torch.float32)
+    columns = weights.to(_real(wide)).unbind()
+    total: Tensor | None = None
+    for gradient, weight in zip(reversed(part), reversed(columns), strict=True):
+        if gradient is None:
+            continue
+        if total is None:
+            total = gradient.to(wide) * weight
+        elif torch.is_grad_enabled():  # a derivative of this derivative is asked for
+            total = total + gradient.to(wide) * weight
+        else:
+            total.addcmul_(gradient.to(wide), weight)
+    return torch.zeros(0) if total is None else total.to(layout.dtype)
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def _accumulator(like: Tensor) -> torch.dtype:
+    return torch.float32 if like.device.type == "mps" else torch.float64  # there is no float64 on mps
+
+
+@contextmanager
+def _plain_arithmetic(like: Tensor) -> Iterator[None]:
+    """Statistics carry no graph, and autocast must not take them down to half precision."""
+    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        yield

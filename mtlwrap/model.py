@@ -1,0 +1,266 @@
+"""The wrapper: the user's backbone and heads as one multi-task model."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtlwrap.balancers import Balancer, EqualWeighting, by_name
+from mtlwrap.fork import Junction, aliases
+from mtlwrap.gradients import TaskGradients
+from mtlwrap.heads import Heads
+from mtlwrap.losses import Losses, checked_auxiliary, collect
+from mtlwrap.watch import MovementWatch
+
+
+class MultiTaskModel(nn.Module):
+    r"""A backbone, a head per task, and a balancer that decides how the tasks share the backbone's gradient.
+
+    The representation ``z = backbone(x)`` is handed to every head. ``backward(losses)`` is one ordinary backward pass:
+    the heads get the gradients of their own losses, the balancer sees the tasks' gradients on ``z`` where they meet,
+    and the backbone gets what it decides. The gradients on ``z`` are compared with the batch flattened into them.
+
+    A balanced step happens only in the backward of :meth:`scalarize`. Everything else, ``autograd.grad``, derivatives
+    of predictions with respect to inputs, a plain ``sum(losses).backward()``, sees the modules as if they were not
+    wrapped. What a trainer multiplies the total with (a loss scale, accumulation) does not change any balancer's
+    decision. A part of a loss's gradient that reaches the backbone without passing through ``z`` (the second
+    derivatives in a loss on forces, say) is added as it is.
+
+    In a mapping of heads the losses and predictions are dicts by task name; in a sequence they are lists.
+
+    Args:
+        backbone: the shared module. It may return a tensor, or tensors in tuples, lists, dicts, dataclasses, a
+            ``ModelOutput``, nested; each head gets exactly that. A head that writes into it in place does not
+            disturb the others.
+        heads: a module per task, in a sequence or in a mapping by task name. The container is not changed.
+        balancer: a balancer, the name of one (``"imtl"``), or None for equal weighting.
+        gradients: with respect to what the tasks' gradients are compared: ``"representation"``.
+
+    Attributes:
+        backbone: the shared module.
+        heads: the heads, ``model.heads[0]`` or ``model.heads["seg"]``, in order.
+        balancer: the balancer.
+
+    Raises:
+        TypeError: a module or the balancer is not one, or a task name is no string.
+        ValueError: there is no head, an unknown balancer name, or a balancer made for another number of tasks.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.nn.functional import cross_entropy, mse_loss
+        >>> backbone = nn.Sequential(nn.Linear(8, 32), nn.ReLU())
+        >>> model = MultiTaskModel(backbone, {"kind": nn.Linear(32, 3), "size": nn.Linear(32, 1)}, balancer="imtl")
+        >>> optimizer = torch.optim.Adam(model.param_groups(lr=1e-2, balancer_lr=1e-3))
+        >>> x, kind, size = torch.randn(16, 8), torch.randint(3, (16,)), torch.randn(16, 1)
+        >>> predictions = model(x)
+        >>> model.backward({
+        ...     "kind": cross_entropy(predictions["kind"], kind),
+        ...     "size": mse_loss(predictions["size"], size),
+        ... })
+        >>> optimizer.step()
+        >>> model.task_weights.shape
+        torch.Size([2])
+    """
+
+    backbone: nn.Module
+    heads: Heads
+    balancer: Balancer
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        heads: Sequence[nn.Module] | Mapping[str, nn.Module],
+        balancer: Balancer | str | None = None,
+        *,
+        gradients: str = "representation",
+    ) -> None:
+        super().__init__()
+        if not isinstance(backbone, nn.Module):
+            raise TypeError(f"backbone: expected a torch.nn.Module, got {type(backbone).__name__}.")
+        if gradients != "representation":
+            raise ValueError(f"gradients: expected 'representation', got {gradients!r}.")
+        self.backbone = backbone
+        self.heads = Heads(heads)
+        self.balancer = self._bound(balancer)
+        self._junction = Junction(self.heads.tasks)
+        self._watch = MovementWatch()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names, in order; ``"0"``, ``"1"``, ... for heads given as a sequence."""
+        return self.heads.tasks
+
+    def __len__(self) -> int:
+        """The number of tasks."""
+        return len(self.heads)
+
+    def __getitem__(self, task: int | str) -> "SingleTaskModel":
+        """The single-task model of a task, by name or position: backbone and head, sharing the weights."""
+        if isinstance(task, int) and not -len(self) <= task < len(self):
+            raise IndexError(f"There is no task at position {task}; there are {len(self)} tasks.")
+        if isinstance(task, str) and task not in self.tasks:
+            raise KeyError(f"There is no task called {task!r}; the tasks are {', '.join(map(repr, self.tasks))}.")
+        return SingleTaskModel(self.backbone, self.heads[task], training=self.training)
+
+    def __iter__(self) -> Iterator["SingleTaskModel"]:
+        """Over the single-task models."""
+        return (self[task] for task in range(len(self)))
+
+    def forward(self, *args: Any, tasks: int | str | Iterable[int | str] | None = None, **kwargs: Any) -> Any:
+        """The predictions of every head: a dict by task name, or a list for heads given as a sequence.
+
+        Args:
+            *args: handed to the backbone.
+            tasks: run only these heads; names or positions, one or several. A dict of predictions then has only
+                these entries; a list keeps its length, with None for the others.
+            **kwargs: handed to the backbone.
+
+        Raises:
+            TypeError: the backbone returned an object that hides tensors, or none.
+            ValueError: there is no such task.
+        """
+        chosen = self._positions(tasks)
+        representation = self.backbone(*args, **kwargs)
+        if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not torch.is_grad_enabled()):
+            own = [aliases(representation) for _ in chosen]  # nothing to balance: no break in the graph
+        else:
+            own = self._junction.fork(representation, self.balancer, chosen)
+        predictions = {self.tasks[task]: self.heads[task](z) for task, z in zip(chosen, own, strict=True)}
+        return predictions if self.heads.named else [predictions.get(task) for task in self.tasks]
+
+    def scalarize(self, losses: Losses, auxiliary: Tensor | None = None) -> Tensor:
+        r"""The scalar, 0-dim, whose ``backward()`` is a balanced step: return it to any trainer.
+
+        Its value is the sum of the losses, or what a loss balancer makes of them (for IMTL
+        :math:`\sum_t e^{s_t} L_t - s_t`). Under ``torch.no_grad`` it is the value alone.
+
+        Args:
+            losses: 0-dim tensors, a list in the tasks' order or a dict by task name, or one tensor ``[T]``. A task
+                whose loss is absent, None, or does not require grad takes no part: it has no gradient, no weight,
+                and the balancer's state for it does not move. If all are absent, ``backward`` does nothing. A task's
+                loss reads the prediction of its own head only.
+            auxiliary: a 0-dim tensor that bypasses the balancing; its gradient is added as it is. It must not depend
+                on the predictions.
+
+        Raises:
+            TypeError: losses of an unknown kind, or one that is no floating-point tensor.
+            ValueError: wrong number or names of losses, one that is not 0-dim, that comes from another forward or
+                another model, or that reads another task's head; no forward before; none requires grad; ``auxiliary``
+                depends on the predictions.
+
+        Note:
+            That a loss reads its own head only is checked when a set of tasks comes together for the first time, and
+            whenever more than one forward is pending.
+        """
+        collected = collect(losses, self.tasks)
+        total = self._junction.scalarize(collected, self.balancer, checked_auxiliary(auxiliary))
+        if self.training and total.requires_grad:
+            self._watch.look(self.balancer)
+        return total
+
+    def backward(
+        self, losses: Losses, auxiliary: Tensor | None = None, *, retain_graph: bool | None = None
+    ) -> None:
+        """``scalarize(losses, auxiliary).backward(retain_graph=retain_graph)``: a balanced step."""
+        self.scalarize(losses, auxiliary).backward(retain_graph=retain_graph)
+
+    @property
+    def task_weights(self) -> Tensor | None:
+        """With what factor each task's raw-loss gradient entered the shared gradient in the last balanced backward.
+
+        ``[T]``, detached, on the device, at no synchronisation; 0 for a task that took no part. For IMTL it is
+        :math:`\\alpha_t e^{s_t}`, for UW :math:`\\tfrac12 e^{-s_t}`. None before the first balanced backward, with
+        a frozen backbone, or where the balancer's decision is no weighting.
+        """
+        return self._junction.report.weights
+
+    @property
+    def task_gradients(self) -> TaskGradients | None:
+        """The tasks' gradients in the last balanced backward, while its :func:`~mtlwrap.cached` scope is open."""
+        return self._junction.report.gradients
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the backbone."""
+        return self.backbone.parameters()
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the heads, without those that the backbone has too."""
+        shared = {id(parameter) for parameter in self.backbone.parameters()}
+        return (parameter for parameter in self.heads.parameters() if id(parameter) not in shared)
+
+    def model_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of backbone and heads: all but the balancer's."""
+        yield from self.shared_parameters()
+        yield from self.head_parameters()
+
+    def balancer_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that the balancer wants learned; it may have none."""
+        return self.balancer.parameters()
+
+    def param_groups(
+        self, *, lr: float | None = None, balancer_lr: float | None = None, weight_decay: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimizer: backbone and heads, then, if it has parameters, the balancer without weight decay.
+
+        Args:
+            lr: the learning rate of backbone and heads; None leaves it to the optimizer.
+            balancer_lr: that of the balancer; None for the same.
+            weight_decay: that of backbone and heads; None leaves it to the optimizer. It would pull a balancer's
+                log-scales to 0, so they have none.
+
+        Example:
+            >>> from torch import nn
+            >>> model = MultiTaskModel(nn.Linear(2, 2), [nn.Linear(2, 1)], balancer="uw")
+            >>> [sorted(group) for group in model.param_groups(lr=0.1, balancer_lr=0.01)]
+            [['lr', 'params'], ['lr', 'params', 'weight_decay']]
+        """
+        groups: list[dict[str, Any]] = [{"params": list(self.model_parameters())}]
+        if weight_decay is not None:
+            groups[0]["weight_decay"] = weight_decay
+        learned = list(self.balancer_parameters())
+        if learned:
+            groups.append({"params": learned, "weight_decay": 0.0})
+        for group, rate in zip(groups, (lr, lr if balancer_lr is None else balancer_lr), strict=False):
+            if rate is not None:
+                group["lr"] = rate
+        return groups
+
+    def _bound(self, balancer: Balancer | str | None) -> Balancer:
+        made = by_name(balancer) if isinstance(balancer, str) else EqualWeighting() if balancer is None else balancer
+        if not isinstance(made, Balancer):
+            raise TypeError(f"balancer: expected a balancer, the name of one or None, got {type(made).__name__}.")
+        made.bind(len(self.heads))
+        # It comes to where the model already is; a later model.to(...) moves both.
+        example = next(self.backbone.parameters(), None)
+        return made if example is None else made.to(example.device)
+
+    def _positions(self, tasks: int | str | Iterable[int | str] | None) -> list[int]:
+        if tasks is None:
+            return list(range(len(self)))
+        chosen = [tasks] if isinstance(tasks, int | str) else list(tasks)
+        positions = [self.heads.position(task) for task in chosen]
+        if len(set(positions)) != len(positions) or not positions:
+            raise ValueError(f"tasks: expected at least one task, each once, got {chosen!r}.")
+        return positions
+
+
+class SingleTaskModel(nn.Module):
+    """Backbone and one head of a :class:`MultiTaskModel`, sharing its weights; ``model[task]`` makes it.
+
+    An ordinary module: it evaluates, trains without balancing, and can be exported with ``torch.export``. Its mode is
+    the mode of the modules it shares: ``eval()`` on it is ``eval()`` on them.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, *, training: bool = True) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.training = training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The prediction of the head; the arguments go to the backbone."""
+        representation = self.backbone(*args, **kwargs)
+        # A head that writes in place must not touch what the backbone keeps for its backward.
+        return self.head(representation if torch.compiler.is_compiling() else aliases(representation))
