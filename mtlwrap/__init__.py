@@ -12,8 +12,8 @@ from mtlwrap.balancers import (
     GradientBalancer,
     LossBalancer,
 )
-from mtlwrap.fork import Fork, fork
 from mtlwrap.gradients import TaskGradients
+from mtlwrap.junction import Fork, fork
 from mtlwrap.model import MultiTaskModel, SingleTaskModel
 from mtlwrap.step import cached
 

@@ -200,7 +200,7 @@ class TaskGradients:
         ]
 
     def scaled(self, combined: Tensor) -> list[Tensor]:
-        """A combined gradient ``[n]`` as autograd wants it back: in pieces, times what the total was multiplied with."""
+        """A combined gradient ``[n]`` as autograd wants it back: in pieces, times what the total was multiplied by."""
         if self._scale is not None:
             # The scale is float32 or wider, and may be beyond half precision's range.
             combined = (combined * self._scale.reshape(1).to(combined.device)).to(combined.dtype)
@@ -248,7 +248,7 @@ class _Layout:
             example = torch.zeros(0)
         self.dtype = example.dtype
         self.size = example.numel() * (2 if example.is_complex() else 1)
-        self._order = tuple(sorted(range(example.dim()), key=lambda dim: -example.stride(dim)))
+        self._order = tuple(sorted(range(example.dim()), key=example.stride, reverse=True))
         self._inverse = tuple(sorted(range(example.dim()), key=self._order.__getitem__))
         self._shape = example.permute(self._order).shape
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from mtlwrap.balancers import Balancer, EqualWeighting, by_name
-from mtlwrap.fork import Junction, aliases
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.heads import Heads
+from mtlwrap.junction import Junction, aliases
 from mtlwrap.losses import Losses, checked_auxiliary, collect
 from mtlwrap.watch import MovementWatch
 
@@ -160,18 +160,16 @@ class MultiTaskModel(nn.Module):
             self._watch.look(self.balancer)
         return total
 
-    def backward(
-        self, losses: Losses, auxiliary: Tensor | None = None, *, retain_graph: bool | None = None
-    ) -> None:
+    def backward(self, losses: Losses, auxiliary: Tensor | None = None, *, retain_graph: bool | None = None) -> None:
         """``scalarize(losses, auxiliary).backward(retain_graph=retain_graph)``: a balanced step."""
         self.scalarize(losses, auxiliary).backward(retain_graph=retain_graph)
 
     @property
     def task_weights(self) -> Tensor | None:
-        """With what factor each task's raw-loss gradient entered the shared gradient in the last balanced backward.
+        r"""With what factor each task's raw-loss gradient entered the shared gradient in the last balanced backward.
 
         ``[T]``, detached, on the device, at no synchronisation; 0 for a task that took no part. For IMTL it is
-        :math:`\\alpha_t e^{s_t}`, for UW :math:`\\tfrac12 e^{-s_t}`. None before the first balanced backward, with
+        :math:`\alpha_t e^{s_t}`, for UW :math:`\tfrac12 e^{-s_t}`. None before the first balanced backward, with
         a frozen backbone, or where the balancer's decision is no weighting.
         """
         return self._junction.report.weights

@@ -19,9 +19,11 @@ class Scope:
         self._members: weakref.WeakSet[_Releasable] = weakref.WeakSet()
 
     def add(self, member: _Releasable) -> None:
+        """Have ``member`` released when the scope closes."""
         self._members.add(member)
 
     def close(self) -> None:
+        """Release what is still alive."""
         self.is_open = False
         for member in list(self._members):
             member.release()

@@ -22,9 +22,7 @@ class MovementWatch:
         """Called once for each balanced total."""
         if self._passes > _PATIENCE:
             return
-        marks = {
-            name: (id(p), p._version) for name, p in balancer.named_parameters() if p.requires_grad
-        }
+        marks = {name: (id(p), p._version) for name, p in balancer.named_parameters() if p.requires_grad}
         if self._passes == 0:
             self._start = marks
         self._passes += 1

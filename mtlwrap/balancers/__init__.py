@@ -24,7 +24,9 @@ __all__ = [
 ]
 
 _METHODS: dict[str, type[Balancer]] = {
-    name.lower(): globals()[name] for name in __all__ if name not in ("Balancer", "GradientBalancer", "LossBalancer", "by_name")
+    name.lower(): globals()[name]
+    for name in __all__
+    if name not in ("Balancer", "GradientBalancer", "LossBalancer", "by_name")
 }
 
 

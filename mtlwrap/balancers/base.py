@@ -106,7 +106,8 @@ class GradientBalancer(Balancer):
         gradients = TaskGradients(matrix)
         if self.num_tasks is not None and self.num_tasks != gradients.num_tasks:
             raise ValueError(
-                f"{type(self).__name__} was made for {self.num_tasks} tasks, got a matrix of {gradients.num_tasks} rows."
+                f"{type(self).__name__} was made for {self.num_tasks} tasks, "
+                f"got a matrix of {gradients.num_tasks} rows."
             )
         return self.combine(gradients)
 

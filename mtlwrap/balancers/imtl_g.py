@@ -109,7 +109,7 @@ def _system(cosines: Tensor, usable: Tensor, ridge: float) -> tuple[Tensor, Tens
 
 
 def _solution(cosines: Tensor, usable: Tensor, ridge: float) -> Tensor:
-    """w with C w = 1 on the usable tasks and 0 elsewhere."""
+    """The w with C w = 1 on the usable tasks and 0 elsewhere."""
     factor, right = _system(cosines, usable, ridge)
     w = _solve(factor, right)
     for _ in range(_REFINEMENTS):

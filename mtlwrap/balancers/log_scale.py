@@ -23,9 +23,7 @@ class LogScaleBalancer(LossBalancer):
 
     _parameter: str
 
-    def __init__(
-        self, shape: int | Sequence[int] | None, init: float | Sequence[float] | None, bound: float
-    ) -> None:
+    def __init__(self, shape: int | Sequence[int] | None, init: float | Sequence[float] | None, bound: float) -> None:
         super().__init__()
         if not (isinstance(bound, int | float) and math.isfinite(bound) and bound > 0):
             raise ValueError(f"bound: expected a positive finite number, got {bound!r}.")

@@ -72,7 +72,7 @@ class UW(LogScaleBalancer):
         bound: float = 20.0,
     ) -> None:
         per_task = not isinstance(likelihood, str)
-        kinds = list(likelihood) if per_task else [likelihood]
+        kinds: list[str] = [likelihood] if isinstance(likelihood, str) else list(likelihood)
         for kind in kinds:
             if kind not in _FACTORS:
                 raise ValueError(f"likelihood: expected one of {', '.join(map(repr, _FACTORS))}, got {kind!r}.")

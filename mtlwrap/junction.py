@@ -14,8 +14,8 @@ Nothing outside this file knows autograd's internals. The two names of torch use
 
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ from mtlwrap.gradients import TaskGradients
 from mtlwrap.losses import Losses, checked_auxiliary, collect
 from mtlwrap.step import Scope, current_scope
 from mtlwrap.structure import differentiable_tensors, replace_tensors
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _opaque(function: _Function) -> _Function:
+    """Keep torch.compile out: traced, the state of this file would be baked into the graph of the first step."""
+    return cast("_Function", torch.compiler.disable(function))
+
 
 _lazy_clone = getattr(torch, "_lazy_clone", None)
 
@@ -58,8 +66,14 @@ class Report:
         self.weights = weights
         self._gradients, self._scope = None, scope
         if scope is not None and scope.is_open:
-            scope.add(gradients)
             self._gradients = gradients
+            scope.add(gradients)
+            scope.add(self)
+
+    def release(self) -> None:
+        """Called as a scope closes, though perhaps not the one of the gradients held now."""
+        if self._scope is not None and not self._scope.is_open:
+            self._gradients = self._scope = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model, or a pickle, is no part of the step that is running.
@@ -87,13 +101,16 @@ class _Order:
 class _ForkState:
     """One passage through the fork. It belongs to the graph; the model knows it weakly, so the model holds no graph."""
 
-    def __init__(self, junction: "Junction", balancer: Balancer, tasks: tuple[int, ...], num_tensors: int) -> None:
+    def __init__(
+        self, junction: "Junction", balancer: Balancer, tasks: tuple[int, ...], tensors: Sequence[Tensor]
+    ) -> None:
         self.owner = weakref.ref(junction)
         self.balancer = balancer
         self.report = junction.report
         self.tasks = tasks
         self.num_tasks = len(junction.tasks)
-        self.num_tensors = num_tensors
+        self.num_tensors = len(tensors)
+        self._forms = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         self.scope = current_scope()
         self.spent = False
         self.node: weakref.ref[Any] | None = None
@@ -125,7 +142,10 @@ class _ForkState:
     def balance(self, parts: list[list[Tensor | None]], order: _Order) -> list[Tensor | None]:
         """The shared gradient of each tensor of the representation, as the balancer decides."""
         gradients = TaskGradients.from_parts(
-            parts, order.taking_part, order.spread(order.losses, torch.nan), order.scale
+            self._completed(parts, order.taking_part),
+            order.taking_part,
+            order.spread(order.losses, torch.nan),
+            order.scale,
         )
         with torch.no_grad():
             weights = self.balancer.weigh(gradients)
@@ -135,6 +155,16 @@ class _ForkState:
             shared = gradients.scaled_sum(weights)
         self.report.fill(self._raw_weights(weights, order), gradients, self.scope)
         return [None if all(g is None for g in part) else s for part, s in zip(parts, shared, strict=True)]
+
+    def _completed(self, parts: list[list[Tensor | None]], taking_part: tuple[bool, ...]) -> list[list[Tensor | None]]:
+        """With zeros for a tensor that no task reads, so that the gradients' length is always the representation's."""
+        completed = []
+        for part, (shape, dtype, device) in zip(parts, self._forms, strict=True):
+            if not any(present and g is not None for g, present in zip(part, taking_part, strict=True)):
+                part = list(part)
+                part[taking_part.index(True)] = torch.zeros((), dtype=dtype, device=device).expand(shape)
+            completed.append(part)
+        return completed
 
     @staticmethod
     def _raw_weights(weights: Tensor | None, order: _Order) -> Tensor | None:
@@ -244,7 +274,7 @@ class Junction:
         self.__init__(state["tasks"])  # type: ignore[misc]
         self.report = state["report"]
 
-    @torch.compiler.disable
+    @_opaque
     def fork(self, representation: Any, balancer: Balancer, tasks: Sequence[int]) -> list[Any]:
         """An alias of the representation for each of ``tasks``: the same values, safe from each other's writes."""
         tensors = differentiable_tensors(representation)
@@ -258,10 +288,12 @@ class Junction:
             self._forked = bool(forked)
         return [_with_aliases(representation, own) for own in aliases]
 
-    def _through_node(self, tensors: list[Tensor], balancer: Balancer, tasks: tuple[int, ...]) -> list[dict[int, Tensor]]:
+    def _through_node(
+        self, tensors: list[Tensor], balancer: Balancer, tasks: tuple[int, ...]
+    ) -> list[dict[int, Tensor]]:
         if not tensors:
             return [{} for _ in tasks]
-        state = _ForkState(self, balancer, tasks, len(tensors))
+        state = _ForkState(self, balancer, tasks, tensors)
         parameters = [p for p in balancer.parameters() if p.requires_grad]
         outputs = _ForkNode.apply(state, *tensors, *parameters)
         with self._lock:
@@ -273,10 +305,8 @@ class Junction:
             for position in range(len(tasks))
         ]
 
-    @torch.compiler.disable
-    def scalarize(
-        self, losses: Sequence[Tensor | None], balancer: Balancer, auxiliary: Tensor | None = None
-    ) -> Tensor:
+    @_opaque
+    def scalarize(self, losses: Sequence[Tensor | None], balancer: Balancer, auxiliary: Tensor | None = None) -> Tensor:
         """The total to call ``backward`` on, with the order to balance attached; ``losses`` has one entry per task."""
         tracking = torch.is_grad_enabled()
         taking_part = tuple(loss is not None and (loss.requires_grad or not tracking) for loss in losses)
@@ -301,7 +331,7 @@ class Junction:
         if not isinstance(total, Tensor) or total.dim() != 0:
             shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
             raise ValueError(f"{type(balancer).__name__}.scalarize: expected to return a 0-dim tensor, got {shape}.")
-        total = _ScalarNode.apply(order, forks, total)
+        total = cast("Tensor", _ScalarNode.apply(order, forks, total))
         return total if auxiliary is None else total + auxiliary
 
     def _living(self) -> list[_ForkState]:
@@ -451,7 +481,7 @@ class Fork:
 _junctions: "weakref.WeakKeyDictionary[Balancer, Junction]" = weakref.WeakKeyDictionary()
 
 
-@torch.compiler.disable
+@_opaque
 def fork(representation: Any, balancer: Balancer, num_tasks: int) -> Fork:
     """The fork itself, for a model that is not one backbone with heads (MMoE, MTAN, cross-stitch).
 

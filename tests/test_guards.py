@@ -1,0 +1,265 @@
+"""Bad input gets an error that says what was given, what was expected, and which task; and nothing is lost."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from mtlwrap import IMTL, IMTLG, IMTLL, UW, Compose, FixedWeights, LossBalancer, MultiTaskModel
+from tests.common import BALANCERS, DEVICE, grads, make_backbone, make_heads, make_input, make_losses, make_model
+
+# --- construction -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (lambda b, h: (lambda x: x, h), TypeError, "backbone: expected a torch.nn.Module, got function"),
+        (lambda b, h: (b, []), ValueError, "heads: expected at least one head, got none"),
+        (lambda b, h: (b, {}), ValueError, "heads: expected at least one head, got none"),
+        (lambda b, h: (b, h["a"]), TypeError, "heads: expected a sequence of modules or a mapping .* got Sequential"),
+        (lambda b, h: (b, None), TypeError, "heads: expected a sequence of modules or a mapping .* got NoneType"),
+        (lambda b, h: (b, [h["a"], len]), TypeError, "head of task '1' is a builtin_function_or_method; expected"),
+        (lambda b, h: (b, {"seg": nn.Linear}), TypeError, "head of task 'seg' is a type; expected"),
+        (lambda b, h: (b, {1: h["a"]}), TypeError, "expected task names to be strings, got 1, a int"),
+        (lambda b, h: (b, {"": h["a"]}), ValueError, "expected task names that are not empty"),
+        (lambda b, h: (b, h, 3), TypeError, "balancer: expected a balancer, the name of one or None, got int"),
+        (lambda b, h: (b, h, IMTLG), TypeError, "balancer: expected a balancer, the name of one or None, got ABCMeta"),
+        (lambda b, h: (b, h, "mgda"), ValueError, "no balancer is called 'mgda'; known are compose"),
+        (lambda b, h: (b, h, IMTLL(2)), ValueError, r"IMTLL was made for values of shape \(2,\), but the model has 3"),
+        (lambda b, h: (b, h, UW((3, 1))), ValueError, r"UW was made for values of shape \(3, 1\), but the model has 3"),
+        (lambda b, h: (b, h, FixedWeights([1, 2])), ValueError, "FixedWeights was made for 2 tasks.* 3 heads"),
+        (lambda b, h: (b, h, IMTL(4)), ValueError, "IMTL was made for 4 tasks, but the model has 3 heads"),
+        (lambda b, h: (b, h, IMTL(init=[0.0, 1.0])), ValueError, "IMTL was made for 2 tasks, but the model has 3"),
+        (lambda b, h: (b, h, Compose(loss=UW(2))), ValueError, "Compose was made for 2 tasks, but the model has 3"),
+    ],
+)
+def test_construction(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        MultiTaskModel(*arguments(make_backbone(), make_heads()))
+
+
+def test_unknown_gradients() -> None:
+    with pytest.raises(ValueError, match="gradients: expected 'representation', got 'parameters'"):
+        MultiTaskModel(make_backbone(), make_heads(), gradients="parameters")
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda ls: list(ls.values())[:2], ValueError, "expected 3, one for each of the tasks 'a', 'b', 'c'.*got 2"),
+        (lambda ls: [*ls.values(), ls["a"]], ValueError, "expected 3, one for each of the tasks 'a', 'b', 'c'.*got 4"),
+        (lambda ls: {**ls, "d": ls["a"]}, ValueError, "no task called 'd'; expected a subset of the tasks 'a', 'b'"),
+        (lambda ls: {**ls, "b": ls["b"].expand(2)}, ValueError, r"task 'b': expected a scalar.* shape \(2,\)"),
+        (lambda ls: {**ls, "b": ls["b"].reshape(1)}, ValueError, r"task 'b': expected a scalar.* shape \(1,\)"),
+        (lambda ls: {**ls, "c": 0.5}, TypeError, r"task 'c': expected a tensor \(or None\), got float"),
+        (lambda ls: {**ls, "c": [ls["c"]]}, TypeError, r"task 'c': expected a tensor \(or None\), got list"),
+        (lambda ls: {**ls, "c": torch.tensor(3)}, TypeError, "task 'c': expected a floating-point tensor, got .*int64"),
+        (lambda ls: torch.stack(list(ls.values()))[:2], ValueError, r"expected a tensor of shape \[3\].*got .*\(2,\)"),
+        (lambda ls: ls["a"], ValueError, r"expected a tensor of shape \[3\].*got the shape \(\)"),
+        (lambda ls: "a", TypeError, "expected a list, a dict by task name or a 1-D tensor, got str"),
+        (lambda ls: None, TypeError, "expected a list, a dict by task name or a 1-D tensor, got NoneType"),
+        (lambda ls: {k: v.detach() for k, v in ls.items()}, ValueError, "None of the losses requires grad"),
+    ],
+)
+@pytest.mark.parametrize("balancer", ["imtl", None])
+def test_losses(change: Any, error: type[Exception], message: str, balancer: str | None) -> None:
+    """Every refusal leaves gradients and state as they were, and the step can be repeated."""
+    model, reference, x = make_model(balancer), make_model(balancer), make_input()
+    for each in (model, reference):
+        each.backward(make_losses(each(make_input(9))))
+    before = grads(list(model.parameters()))
+    losses = make_losses(model(x))
+    with pytest.raises(error, match=message):
+        model.backward(change(losses))
+    assert_close(grads(list(model.parameters())), before, rtol=0, atol=0)
+    assert_close(model.task_weights, reference.task_weights, rtol=0, atol=0)
+    model.backward(losses)
+    reference.backward(make_losses(reference(x)))
+    assert_close(grads(list(model.parameters())), grads(list(reference.parameters())), rtol=0, atol=0)
+
+
+def test_losses_of_different_forwards() -> None:
+    model = make_model("imtl-g")
+    first, second = make_losses(model(make_input(1))), make_losses(model(make_input(2)))
+    with pytest.raises(ValueError, match="come from different forwards: that of task 'a' and that of task 'b'"):
+        model.backward({"a": first["a"], "b": second["b"], "c": first["c"]})
+    with pytest.raises(ValueError, match="come from different forwards: that of task 'a' and that of task 'c'"):
+        model.backward({"a": first["a"], "c": first["c"] + second["c"]})
+    model.backward(first)
+    model.backward(second)
+
+
+def test_losses_of_another_model() -> None:
+    model, other, x = make_model("imtl-g"), make_model("imtl-g"), make_input()
+    own, foreign = make_losses(model(x)), make_losses(other(x))
+    with pytest.raises(ValueError, match="task 'b' was computed from the representation of another model"):
+        model.backward({"a": own["a"], "b": foreign["b"]})
+    with pytest.raises(ValueError, match="task 'a' was computed from the representation of another model"):
+        model.backward(foreign)
+    with pytest.raises(ValueError, match="No loss depends on a representation of this model"):
+        model.backward({"a": torch.ones((), device=DEVICE, requires_grad=True) * 2})
+    model.backward(own)
+    other.backward(foreign)
+
+
+def test_backward_before_forward() -> None:
+    model, x = make_model("imtl"), make_input()
+    plain = {task: head(model.backbone(x)).mean() for task, head in make_heads_on(model).items()}
+    with pytest.raises(ValueError, match="There was no such forward yet"):
+        model.backward(plain)
+    with torch.no_grad():
+        model(x)
+    with pytest.raises(ValueError, match="There was no such forward yet"):
+        model.backward(plain)
+    model(x)
+    with pytest.raises(ValueError, match="Were the predictions detached"):
+        model.backward(plain)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def make_heads_on(model: MultiTaskModel) -> dict[str, nn.Module]:
+    return {task: model.heads[task] for task in model.tasks}
+
+
+def test_a_loss_that_reads_another_head() -> None:
+    model, x = make_model("imtl-g"), make_input()
+    predictions = model(x)
+    losses = make_losses(predictions)
+    mixed = {**losses, "b": losses["b"] + (predictions["b"][:, 0] - predictions["c"][:, 0]).square().mean()}
+    with pytest.raises(ValueError, match="loss of task 'b' reads the prediction of task 'c'"):
+        model.backward(mixed)
+    assert all(p.grad is None for p in model.parameters())
+    detached = {**losses, "b": losses["b"] + (predictions["b"][:, 0] - predictions["c"][:, 0].detach()).square().mean()}
+    model.backward(detached)
+
+
+def test_losses_of_stacked_predictions_are_fine() -> None:
+    """Predictions put into one matrix and reduced by column: connected to all heads, reading only one."""
+    heads = [nn.Linear(8, 1) for _ in range(4)]
+    model = MultiTaskModel(make_backbone(), heads, "imtl-g").to(DEVICE).double()
+    reference = MultiTaskModel(make_backbone(), heads, "imtl-g").to(DEVICE).double()
+    reference.backbone.load_state_dict(model.backbone.state_dict())
+    x, target = make_input(), torch.arange(4, dtype=torch.float64, device=DEVICE)
+    model.backward((torch.cat(model(x), 1) - target).square().mean(0))
+    found = grads(list(model.backbone.parameters()))
+    model.zero_grad()
+    reference.backward([(p - t).square().mean() for p, t in zip(reference(x), target, strict=True)])
+    assert_close(found, grads(list(reference.backbone.parameters())), rtol=1e-10, atol=1e-13)
+
+
+def test_auxiliary_that_reads_predictions_is_refused() -> None:
+    model, x = make_model("imtl-g"), make_input()
+    predictions = model(x)
+    with pytest.raises(ValueError, match="auxiliary depends on the representation through the heads"):
+        model.backward(make_losses(predictions), auxiliary=predictions["a"].mean())
+    with pytest.raises(ValueError, match="auxiliary depends on the representation through the heads"):
+        model.backward({}, auxiliary=predictions["a"].mean())
+    with pytest.raises(TypeError, match="auxiliary: expected a tensor"):
+        model.backward(make_losses(predictions), auxiliary=1.0)
+    with pytest.raises(ValueError, match=r"auxiliary: expected a scalar, .* shape \(2,\)"):
+        model.backward(make_losses(predictions), auxiliary=torch.ones(2, requires_grad=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_balancer_that_returns_no_scalar() -> None:
+    class Wrong(LossBalancer):
+        def scalarize(self, losses: Tensor, tasks: Any = None) -> Tensor:
+            return losses
+
+    model = make_model(Wrong())
+    with pytest.raises(ValueError, match=r"Wrong.scalarize: expected to return a 0-dim tensor, got \(3,\)"):
+        model.backward(make_losses(model(make_input())))
+
+
+def test_a_representation_without_numbers() -> None:
+    class Nothing(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return {"ids": x.long()}
+
+    with pytest.raises(TypeError, match="representation: expected floating-point tensors, found none in a dict"):
+        MultiTaskModel(Nothing(), [nn.Identity()])(make_input())
+
+
+# --- gradients that are not finite ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BALANCERS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_reaches_grad_and_no_state(name: str, bad: float) -> None:
+    model, reference, x = make_model(BALANCERS[name]()), make_model(BALANCERS[name]()), make_input()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    predictions = model(x)
+    predictions["b"].register_hook(lambda g: g * bad)
+    model.backward(make_losses(predictions))
+    assert not all(p.grad.isfinite().all() for p in model.shared_parameters())
+    assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    model.zero_grad()
+    for each in (model, reference):
+        each.backward(make_losses(each(x)))
+    assert_close(grads(list(model.parameters())), grads(list(reference.parameters())), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", BALANCERS)
+def test_a_loss_scaler_skips_a_bad_step_and_goes_on(name: str) -> None:
+    """The run with a bad batch in it equals the run without."""
+
+    def run(bad_batch: bool) -> dict[str, Tensor]:
+        model = make_model(BALANCERS[name](), torch.float32)
+        optimizer = torch.optim.SGD(model.param_groups(lr=0.01), lr=0.01)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=65536.0, growth_interval=100)
+        for seed in range(4):
+            optimizer.zero_grad()
+            predictions = model(make_input(seed, dtype=torch.float32))
+            if seed == 2:
+                if not bad_batch:
+                    scaler.update(scaler.get_scale() / 2)
+                    continue
+                predictions["c"].register_hook(lambda g: g * torch.inf)
+            scaler.scale(model.scalarize(make_losses(predictions))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return dict(model.state_dict())
+
+    assert_close(run(True), run(False), rtol=1e-6, atol=1e-7)
+
+
+# --- parameters that nobody trains ------------------------------------------------------------------------------------
+
+
+def train(model: MultiTaskModel, parameters: Any, steps: int, accumulate: int = 1) -> None:
+    optimizer = torch.optim.SGD(parameters, lr=1e-3)
+    for step in range(steps):
+        model.backward(make_losses(model(make_input(step))))
+        if (step + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_a_balancer_outside_the_optimizer_is_warned_about_once() -> None:
+    model = make_model("imtl")
+    with pytest.warns(UserWarning, match=r"IMTL: loss.log_scale did not change in 200 backward passes") as caught:
+        train(model, model.model_parameters(), 500)
+    assert len([w for w in caught if "did not change" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("case", ["trained", "accumulated", "frozen", "without parameters", "evaluated"])
+def test_no_warning_without_reason(case: str) -> None:
+    model = make_model("imtl-g" if case == "without parameters" else "imtl")
+    if case == "frozen":
+        model.balancer.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if case == "evaluated":
+            model.eval()
+            train(model, model.model_parameters(), 250)
+        elif case == "trained" or case == "accumulated":
+            train(model, model.param_groups(), 250, accumulate=1 if case == "trained" else 128)
+        else:
+            train(model, model.model_parameters(), 250)

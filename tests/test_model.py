@@ -1,0 +1,540 @@
+"""The wrapper: containers, views, representations of any structure, parameter groups, checkpoints."""
+
+import copy
+import pickle
+from collections import OrderedDict, defaultdict, namedtuple
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.testing import assert_close
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+import mtlwrap
+from mtlwrap import IMTL, IMTLG, UW, EqualWeighting, MultiTaskModel, cached
+from tests.common import (
+    BALANCERS,
+    DEVICE,
+    TASKS,
+    grads,
+    make_backbone,
+    make_heads,
+    make_input,
+    make_losses,
+    make_model,
+)
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+@dataclass(frozen=True)
+class Frozen:
+    map: Tensor
+    name: str
+    length: int = field(init=False, default=3)
+
+
+@dataclass
+class Counted:
+    """A dataclass whose __init__ must not run again."""
+
+    x: Tensor
+    extra: dict[str, Any]
+    made: int = 0
+
+    def __post_init__(self) -> None:
+        self.made += 1
+
+
+# --- containers -------------------------------------------------------------------------------------------------------
+
+
+def test_heads_in_a_list_give_lists() -> None:
+    heads = list(make_heads().values())
+    model = MultiTaskModel(make_backbone(), heads).to(DEVICE).double()
+    assert model.tasks == ("0", "1", "2")
+    assert len(model) == 3
+    assert [model.heads[i] for i in range(3)] == heads
+    assert list(model.heads) == heads
+    assert model.heads["1"] is heads[1]
+    predictions = model(make_input())
+    assert isinstance(predictions, list)
+    assert [tuple(p.shape) for p in predictions] == [(6, 1), (6, 2), (6, 3)]
+    model.backward([p.mean() for p in predictions])
+    assert model.task_weights.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, nn.ModuleDict])
+def test_heads_in_a_mapping_give_dicts(kind: type) -> None:
+    heads = kind(make_heads())
+    before = list(heads.items())
+    model = MultiTaskModel(make_backbone(), heads).to(DEVICE).double()
+    assert list(heads.items()) == before
+    assert model.tasks == tuple(model.heads) == TASKS
+    assert list(model(make_input())) == list(TASKS)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, nn.ModuleList])
+def test_the_callers_sequence_is_not_changed(kind: type) -> None:
+    heads = kind(make_heads().values())
+    before = list(heads)
+    model = MultiTaskModel(make_backbone(), heads)
+    assert list(heads) == before
+    assert isinstance(heads, kind)
+    assert list(model.heads) == before
+
+
+ODD_NAMES = ["type", "train", "a.b", "a%2Eb", "keys", "_modules", "forward", "%type", "semantic segmentation", "π", "0"]
+
+
+def test_any_string_is_a_task_name() -> None:
+    heads = {name: nn.Linear(8, i + 1) for i, name in enumerate(ODD_NAMES)}
+    model = MultiTaskModel(make_backbone(), heads, "imtl").to(DEVICE).double()
+    assert model.tasks == tuple(ODD_NAMES)
+    predictions = model(make_input())
+    for i, name in enumerate(ODD_NAMES):
+        assert model.heads[name] is heads[name]
+        assert predictions[name].shape == (6, i + 1)
+        assert_close(model[name](make_input()), predictions[name], rtol=0, atol=0)
+    model.backward({name: p.square().mean() for name, p in predictions.items()})
+    state = model.state_dict()
+    assert len([key for key in state if key.startswith("heads.")]) == 2 * len(ODD_NAMES)
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    other.load_state_dict(state)
+    assert_close(other["a.b"](make_input()), predictions["a.b"], rtol=0, atol=0)
+
+
+def test_state_dict_keys_are_plain() -> None:
+    keys = set(make_model("imtl").state_dict())
+    assert {"backbone.0.weight", "heads.a.1.bias", "heads.b.weight", "balancer.loss.log_scale"} <= keys
+    assert len(keys) == 2 + 2 + 2 + 4 + 1
+
+
+# --- single-task models -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", [0, -3, "a"])
+def test_single_task_model(index: int | str) -> None:
+    model, x = make_model("imtl"), make_input()
+    single = model[index]
+    assert isinstance(single, nn.Module)
+    assert_close(single(x), model(x)["a"], rtol=0, atol=0)
+    assert {id(p) for p in single.parameters()} == {
+        id(p) for p in [*model.backbone.parameters(), *model.heads["a"].parameters()]
+    }
+    single(x).sum().backward()
+    assert model.backbone[0].weight.grad is not None
+    assert all(p.grad is None for p in model.heads["b"].parameters())
+
+
+def test_single_task_model_follows_the_mode() -> None:
+    model = make_model()
+    assert model["a"].training
+    model.eval()
+    assert not model["a"].training
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_single_task_model_is_exported(index: int) -> None:
+    model, x = make_model("imtl"), make_input()
+    model.eval()
+    program = torch.export.export(model[index], (x,))
+    assert_close(program.module()(x), model(x)[TASKS[index]].detach(), rtol=1e-12, atol=0)
+
+
+def test_the_whole_model_is_exported_for_evaluation() -> None:
+    model, x = make_model("imtl").eval(), make_input()
+    program = torch.export.export(model, (x,))
+    exported, expected = program.module()(x), model(x)
+    for task in TASKS:
+        assert_close(exported[task], expected[task].detach(), rtol=1e-12, atol=0)
+
+
+def test_unknown_tasks_are_refused() -> None:
+    model = make_model()
+    with pytest.raises(IndexError, match="no task at position 3; there are 3 tasks"):
+        model[3]
+    with pytest.raises(KeyError, match="no task called 'd'; the tasks are 'a', 'b', 'c'"):
+        model["d"]
+    with pytest.raises(TypeError, match="expected a name or a position, got slice"):
+        model[0:1]
+    assert len(list(model)) == 3
+
+
+# --- tasks= -----------------------------------------------------------------------------------------------------------
+
+
+def test_some_heads_only() -> None:
+    model, x = make_model("imtl-g"), make_input()
+    everything = model(x)
+    ran = []
+    for task in TASKS:
+        model.heads[task].register_forward_hook(lambda *_, task=task: ran.append(task))
+    assert list(model(x, tasks=["c", 0])) == ["c", "a"]
+    assert ran == ["c", "a"]
+    assert_close(model(x, tasks="b")["b"], everything["b"], rtol=0, atol=0)
+    predictions = model(x, tasks=["b", "c"])
+    model.backward(make_losses(predictions))
+    assert model.task_weights[0] == 0
+    assert (model.task_weights[1:] > 0).all()
+    as_list = MultiTaskModel(make_backbone(), list(make_heads().values())).to(DEVICE).double()(x, tasks=-1)
+    assert [p is None for p in as_list] == [True, True, False]
+    with pytest.raises(ValueError, match="no task called 'd'"):
+        model(x, tasks="d")
+    with pytest.raises(ValueError, match="expected at least one task, each once"):
+        model(x, tasks=["a", 0])
+    with pytest.raises(ValueError, match="expected at least one task, each once"):
+        model(x, tasks=[])
+
+
+def test_arguments_go_to_the_backbone() -> None:
+    class Backbone(nn.Module):
+        def forward(self, x: Tensor, *, shift: float, mask: Tensor | None = None) -> Tensor:
+            return x + shift if mask is None else x * mask
+
+    model = MultiTaskModel(Backbone(), [nn.Identity()])
+    x = make_input()
+    assert_close(model(x, shift=2.0)[0], x + 2)
+    assert_close(model(x, shift=2.0, mask=x)[0], x * x)
+
+
+# --- structured representations ---------------------------------------------------------------------------------------
+
+
+def structures(x: Tensor) -> dict[str, Any]:
+    low, high = x * 2, x.exp()
+    ids = torch.arange(3)
+    return {
+        "tensor": low,
+        "tuple": (low, high),
+        "list": [low, [high, None], "name"],
+        "dict": {"p2": low, "p3": high, "ids": ids, "stride": 4},
+        "nested": {"levels": (low, {"deep": [high]}), "sizes": torch.Size([2, 3])},
+        "namedtuple": Pair(low, high),
+        "ordered": OrderedDict(low=low, high=high),
+        "default": defaultdict(list, low=low, high=high),
+        "frozen dataclass": Frozen(low, "z"),
+        "dataclass": Counted(low, {"high": high}),
+        "model output": BaseModelOutputWithPooling(last_hidden_state=low, pooler_output=high),
+        "packed": pack_sequence([low[0], low[1]]),
+    }
+
+
+class Structured(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.linear = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return structures(self.linear(x))[self.kind]
+
+
+class SumsUp(nn.Module):
+    """Reads every tensor of a structure, and writes into each."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.got: Any = None
+
+    def forward(self, representation: Any) -> Tensor:
+        self.got = representation
+        return self.factor * sum(t.mul_(self.factor).exp().mean() for t in tensors_of(representation))
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, PackedSequence):
+        return [value.data]
+    if isinstance(value, dict):
+        return [t for item in value.values() for t in tensors_of(item)]
+    if isinstance(value, list | tuple):
+        return [t for item in value for t in tensors_of(item)]
+    if isinstance(value, Frozen | Counted):
+        return [t for item in vars(value).values() for t in tensors_of(item)]
+    return []
+
+
+@pytest.mark.parametrize("kind", structures(torch.randn(3, 4)))
+@pytest.mark.parametrize("balancer", [None, "imtl-g"])
+def test_each_head_gets_what_the_backbone_returned(kind: str, balancer: str | None) -> None:
+    backbone, heads = Structured(kind), [SumsUp(1.0), SumsUp(-0.5)]
+    model = MultiTaskModel(backbone, heads, balancer).to(DEVICE).double()
+    x = make_input()
+    predictions = model(x)
+    plain = backbone(x)
+    for head in heads:
+        assert type(head.got) is type(plain)
+        assert len(tensors_of(head.got)) == len(tensors_of(plain))
+
+    def loss_of(head: SumsUp, representation: Any) -> Tensor:
+        return head.factor * sum((t * head.factor).exp().mean() for t in tensors_of(representation))
+
+    alone = [loss_of(head, backbone(x)) for head in heads]
+    assert_close([p.detach() for p in predictions], [p.detach() for p in alone], rtol=1e-12, atol=0)
+    parameters = list(backbone.parameters())
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in alone]
+    if balancer is None:
+        weights = [1.0, 1.0]
+    else:  # two tasks in closed form: the gradient on everything that is shared, as one vector
+        norms = []
+        for head in heads:
+            representation = backbone(x)
+            found = torch.autograd.grad(loss_of(head, representation), tensors_of(representation))
+            norms.append(torch.cat([g.flatten() for g in found]).norm())
+        weights = [norms[1] / sum(norms), norms[0] / sum(norms)]
+    model.backward(predictions)
+    expected = [sum(w * g for w, g in zip(weights, column, strict=True)) for column in zip(*rows, strict=True)]
+    assert_close(grads(parameters), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_other_leaves_of_a_structure_pass_through() -> None:
+    class Backbone(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            self.out = {"z": x * 2, "ids": ids, "flag": True, "none": None, "function": len}
+            return self.out
+
+    ids = torch.arange(3)
+    backbone = Backbone()
+    model = MultiTaskModel(backbone, [nn.Identity(), nn.Identity()])
+    first, second = model(make_input().requires_grad_())
+    assert first["ids"] is second["ids"] is ids
+    assert (first["flag"], first["none"], first["function"]) == (True, None, len)
+    assert first is not backbone.out
+    assert first["z"] is not second["z"]
+
+
+def test_a_tensor_that_occurs_twice_is_forked_once() -> None:
+    class Backbone(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            z = x * 2
+            return {"fine": z, "pyramid": [z, z.mean(0)]}
+
+    class Reads(nn.Module):
+        def forward(self, representation: Any) -> Tensor:
+            assert representation["fine"] is representation["pyramid"][0]
+            return representation["fine"].square().sum() + representation["pyramid"][0].sum()
+
+    model = MultiTaskModel(Backbone(), [Reads(), Reads()], "imtl-g")
+    x = make_input().requires_grad_()
+    for mode in (True, False):
+        model.train(mode)
+        model(x)
+    with cached():
+        model.backward(model(x))
+        assert model.task_gradients.matrix.shape == (2, x.numel() + 5)
+    assert_close(model.task_weights, torch.tensor([0.5, 0.5], dtype=torch.float64, device=DEVICE))
+    assert_close(x.grad, 2 * (2 * 2 * x.detach() + 1))
+
+
+def test_a_container_that_hides_tensors_is_refused() -> None:
+    class Hides:
+        def __init__(self, z: Tensor) -> None:
+            self.inner = {"z": [z]}
+
+    class Slotted:
+        __slots__ = ("z",)
+
+        def __init__(self, z: Tensor) -> None:
+            self.z = z
+
+    class Backbone(nn.Module):
+        def __init__(self, wrap: Any) -> None:
+            super().__init__()
+            self.wrap = wrap
+
+        def forward(self, x: Tensor) -> Any:
+            return {"ok": x, "bad": self.wrap(x * 2)}
+
+    x = make_input().requires_grad_()
+    for wrap in (Hides, Slotted, lambda z: {z}, lambda z: torch.distributions.Normal(z, 1.0)):
+        with pytest.raises(TypeError, match=r"representation\['bad'\] is a .* which holds floating-point tensors"):
+            MultiTaskModel(Backbone(wrap), [nn.Identity()])(x)
+    MultiTaskModel(Backbone(lambda z: iter([1, 2])), [nn.Identity()])(x)  # hides nothing: passed on
+
+
+def test_several_devices_or_dtypes_of_losses() -> None:
+    model, x = make_model("imtl"), make_input()
+    losses = make_losses(model(x))
+    losses["a"] = losses["a"].float()
+    total = model.scalarize(losses)
+    assert total.dtype == torch.float64
+    total.backward()
+    assert all(p.grad is not None for p in model.heads["a"].parameters())
+
+
+def test_a_half_precision_model() -> None:
+    model = make_model("imtl", torch.bfloat16)
+    x = make_input(dtype=torch.bfloat16)
+    total = model.scalarize(make_losses(model(x)))
+    assert total.dtype == torch.float32
+    (65536 * total).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# --- modules and parameters -------------------------------------------------------------------------------------------
+
+
+def test_everything_is_registered_normally() -> None:
+    model = make_model("imtl", torch.float32)
+    assert {name for name, _ in model.named_children()} == {"backbone", "heads", "balancer"}
+    model.double().requires_grad_(False).eval()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not any(m.training for m in model.modules())
+    hooks = []
+    model.register_forward_hook(lambda *_: hooks.append("model"))
+    model.backbone.register_forward_hook(lambda *_: hooks.append("backbone"))
+    model(make_input())
+    assert hooks == ["backbone", "model"]
+
+
+def test_parameter_groups() -> None:
+    model = make_model("imtl")
+    shared, heads = list(model.shared_parameters()), list(model.head_parameters())
+    assert {id(p) for p in shared} == {id(p) for p in model.backbone.parameters()}
+    assert {id(p) for p in heads} == {id(p) for p in model.heads.parameters()}
+    assert [id(p) for p in model.model_parameters()] == [id(p) for p in shared + heads]
+    (log_scale,) = model.balancer_parameters()
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in [*shared, *heads, log_scale])
+
+    groups = model.param_groups(lr=0.1, balancer_lr=0.01, weight_decay=0.5)
+    assert [group["lr"] for group in groups] == [0.1, 0.01]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert [len(group["params"]) for group in groups] == [len(shared) + len(heads), 1]
+    optimizer = torch.optim.AdamW(model.param_groups(), lr=0.3, weight_decay=0.2)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.3, 0.2), (0.3, 0.0)]
+    assert [g["lr"] for g in make_model("uw").param_groups(lr=0.2)] == [0.2, 0.2]
+    assert len(make_model("imtl-g").param_groups(lr=0.2, balancer_lr=0.1)) == 1
+
+
+def test_tied_and_shared_modules_are_counted_once() -> None:
+    backbone, shared_head = make_backbone(), nn.Linear(8, 2)
+    tied = nn.Linear(5, 8)
+    tied.weight = backbone[0].weight
+    model = MultiTaskModel(backbone, {"x": shared_head, "y": shared_head, "z": nn.Sequential(nn.Linear(8, 5), tied)})
+    parameters = list(model.model_parameters())
+    assert len({id(p) for p in parameters}) == len(parameters) == len(list(model.parameters()))
+    model.double().to(DEVICE)
+    model.backward({task: p.square().mean() for task, p in model(make_input()).items()})
+    torch.optim.SGD(model.param_groups(), lr=0.1).step()
+
+
+def test_balancer_names_and_defaults() -> None:
+    assert isinstance(make_model().balancer, EqualWeighting)
+    assert isinstance(make_model("imtl").balancer, IMTL)
+    assert isinstance(make_model("IMTL_G").balancer, IMTLG)
+    with pytest.raises(ValueError, match=r"no balancer is called 'pcgrad'; known are compose, equalweighting, .*, uw"):
+        make_model("pcgrad")
+    with pytest.raises(ValueError, match="FixedWeights needs options"):
+        make_model("fixedweights")
+
+
+@pytest.mark.parametrize("name", BALANCERS)
+def test_checkpoint_resumes_bit_for_bit(name: str) -> None:
+    def make() -> tuple[MultiTaskModel, torch.optim.Optimizer]:
+        model = make_model(BALANCERS[name](), torch.float32)
+        return model, torch.optim.Adam(model.param_groups(lr=0.01, balancer_lr=0.02))
+
+    def train(model: MultiTaskModel, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+        for seed in seeds:
+            optimizer.zero_grad()
+            model.backward(make_losses(model(make_input(seed, dtype=torch.float32))))
+            optimizer.step()
+
+    whole, optimizer = make()
+    train(whole, optimizer, range(3))
+    buffer = BytesIO()
+    torch.save({"model": whole.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+    train(whole, optimizer, range(3, 6))
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    resumed, optimizer = make()
+    resumed.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    train(resumed, optimizer, range(3, 6))
+    assert_close(dict(resumed.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", BALANCERS)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_model_train_on_alike(name: str, duplicate: Any) -> None:
+    model, x = make_model(BALANCERS[name]()), make_input()
+    with cached():
+        model.backward(make_losses(model(x)))
+        copied = duplicate(model)
+        assert copied.task_gradients is None
+        assert_close(copied.task_weights, model.task_weights, rtol=0, atol=0)
+    for each in (model, copied):
+        each.zero_grad()
+        each.backward(make_losses(each(x)))
+    assert_close(grads(list(copied.parameters())), grads(list(model.parameters())), rtol=0, atol=0)
+
+
+def test_a_balancer_moves_to_where_the_model_is() -> None:
+    model = MultiTaskModel(nn.Linear(2, 2, device="meta"), [nn.Linear(2, 1, device="meta")], UW())
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_frozen_backbone_trains_heads_and_loss_balancer() -> None:
+    model, x = make_model("imtl"), make_input()
+    model.backbone.requires_grad_(False)
+    raw = make_losses(model(x))
+    model.backward(raw)
+    (log_scale,) = model.balancer_parameters()
+    expected = torch.stack([loss.detach() for loss in raw.values()]) - 1
+    assert_close(log_scale.grad, expected)
+    assert all(p.grad is not None for p in model.head_parameters())
+    assert model.task_weights is None
+
+
+def test_frozen_heads_still_balance_the_backbone() -> None:
+    model, x = make_model("imtl-g"), make_input()
+    reference = make_model("imtl-g")
+    reference.backward(make_losses(reference(x)))
+    for parameter in model.head_parameters():
+        parameter.requires_grad_(False)
+    model.backward(make_losses(model(x)))
+    assert_close(grads(list(model.shared_parameters())), grads(list(reference.shared_parameters())), rtol=0, atol=0)
+
+
+def test_scalarize_without_gradients_is_the_value() -> None:
+    model, x = make_model("imtl"), make_input()
+    expected = model.scalarize(make_losses(model(x))).detach()
+    model.eval()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            total = model.scalarize(make_losses(model(x)))
+            assert_close(total, expected)
+            assert not total.requires_grad
+            assert model.scalarize({}) == 0
+
+
+def test_auxiliary_is_added_as_it_is() -> None:
+    model, reference, x = make_model("imtl"), make_model("imtl"), make_input()
+    reference.backward(make_losses(reference(x)))
+    penalty = 0.5 * sum(p.square().sum() for p in model.model_parameters())
+    model.backward(make_losses(model(x)), auxiliary=penalty)
+    expected = [
+        g + p.detach()
+        for g, p in zip(grads(list(reference.model_parameters())), reference.model_parameters(), strict=True)
+    ]
+    assert_close(grads(list(model.model_parameters())), expected, rtol=1e-12, atol=1e-14)
+    assert_close(model.balancer.loss.log_scale.grad, reference.balancer.loss.log_scale.grad, rtol=0, atol=0)
+    model.zero_grad()
+    model(x)
+    model.backward({}, auxiliary=0.5 * model.backbone[0].bias.square().sum())
+    assert_close(model.backbone[0].bias.grad, model.backbone[0].bias.detach())
+
+
+def test_public_names() -> None:
+    for name in mtlwrap.__all__:
+        assert getattr(mtlwrap, name).__doc__, name
