@@ -192,6 +192,7 @@ class _ForkNode(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @_opaque
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         state: _ForkState = ctx.state
         order = state.take()
@@ -222,6 +223,7 @@ class _LossesNode(torch.autograd.Function):
         return order.losses.clone()
 
     @staticmethod
+    @_opaque
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (gradient,) = gradients
         order: _Order = ctx.order
@@ -242,6 +244,7 @@ class _ScalarNode(torch.autograd.Function):
         return total.clone()
 
     @staticmethod
+    @_opaque
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (gradient,) = gradients
         ctx.order.scale = gradient.detach()
@@ -529,6 +532,8 @@ def fork(representation: Any, balancer: Balancer, num_tasks: int) -> Fork:
 
 def alias(tensor: Tensor) -> Tensor:
     """The same values in a tensor of its own: copied when someone writes, as long as torch can tell; else at once."""
+    if torch.compiler.is_compiling():
+        return tensor.clone()  # the compiler drops it where nobody writes
     if _lazy_clone is not None and type(tensor) in (Tensor, torch.nn.Parameter):
         try:
             aliased: Tensor = _lazy_clone(tensor)

@@ -259,6 +259,5 @@ class SingleTaskModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The prediction of the head; the arguments go to the backbone."""
-        representation = self.backbone(*args, **kwargs)
-        # A head that writes in place must not touch what the backbone keeps for its backward.
-        return self.head(representation if torch.compiler.is_compiling() else aliases(representation))
+        # Aliased, for a head that writes in place must not touch what the backbone keeps for its backward.
+        return self.head(aliases(self.backbone(*args, **kwargs)))
