@@ -112,10 +112,10 @@ class TaskGradients:
     @cached_property
     def active(self) -> Tensor:
         """For each task, whether it takes part in this step: boolean, ``[T]``, on the gradients' device."""
-        mask = torch.zeros(self.num_tasks, dtype=torch.bool, device=self._checked().device)
+        mask = torch.ones(self.num_tasks, dtype=torch.bool, device=self._checked().device)
         for task, present in enumerate(self._taking_part):
-            if present:
-                mask[task] = True  # a fill on the device; torch.tensor(..., device=...) would synchronise
+            if not present:
+                mask[task] = False  # a fill on the device; torch.tensor(..., device=...) would synchronise
         return mask
 
     @cached_property
@@ -287,8 +287,6 @@ def _weighted_sum(part: Sequence[Tensor | None], layout: _Layout, weights: Tenso
             continue
         if total is None:
             total = gradient.to(wide) * weight
-        elif torch.is_grad_enabled():  # a derivative of this derivative is asked for
-            total = total + gradient.to(wide) * weight
         else:
             total.addcmul_(gradient.to(wide), weight)
     return torch.zeros(0) if total is None else total.to(layout.dtype)

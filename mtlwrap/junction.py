@@ -48,6 +48,10 @@ _graph_task_id = getattr(torch._C, "_current_graph_task_id", _unknown_graph_task
 _keeps_graph = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", lambda: True)
 
 
+# Nodes through which autograd.grad cannot be asked for a part of the gradient.
+_OPAQUE_NODES = {"CompiledFunctionBackward", "CheckpointFunctionBackward"}
+
+
 class Report:
     """What the last balanced backward of a model leaves behind for its user."""
 
@@ -436,7 +440,7 @@ class _Walk:
                 continue
             visited.add(node)
             self.foreign = self.foreign or state is not None
-            self.opaque = self.opaque or node.name() == "CompiledFunctionBackward"
+            self.opaque = self.opaque or node.name() in _OPAQUE_NODES
             stack.extend((following, nr) for following, nr in node.next_functions if following is not None)
 
     def aliases_of_others(self, task: int) -> list[tuple[int, GradientEdge]]:

@@ -99,6 +99,7 @@ def test_evaluation_is_one_graph() -> None:
         assert_close(compiled(x), {task: p.detach() for task, p in expected.items()}, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("error:Dynamo does not know")
 def test_a_compiled_step_function() -> None:
     """Forward, losses, scalarize and backward inside one compiled function."""
     model = make("imtl")

@@ -263,3 +263,16 @@ def test_no_warning_without_reason(case: str) -> None:
             train(model, model.param_groups(), 250, accumulate=1 if case == "trained" else 128)
         else:
             train(model, model.model_parameters(), 250)
+
+
+def test_several_processes_are_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would decide by itself; that is said until the decision is reduced over them."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    model, x = make_model("imtl-g"), make_input()
+    with pytest.warns(
+        UserWarning, match="There are 4 processes: each balances the gradients of its own batch"
+    ) as caught:
+        for _ in range(3):
+            model.backward(make_losses(model(x)))
+    assert len(caught) == 1

@@ -99,26 +99,22 @@ def _relative_inverse(norms: Tensor, usable: Tensor) -> Tensor:
     return torch.where(usable, smallest / norms, 0.0)
 
 
-def _system(cosines: Tensor, usable: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """The factor of the regularised system for the usable tasks, the others decoupled with a right side of zero."""
+def _inverse(cosines: Tensor, usable: Tensor, ridge: float) -> Tensor:
+    """The inverse of the regularised cosines of the usable tasks; zero in the rows and columns of the others."""
     pairs = usable[:, None] & usable[None, :]
     identity = torch.eye(usable.shape[0], dtype=cosines.dtype, device=cosines.device)
     matrix = torch.where(pairs, cosines, identity).nan_to_num(0.0) + ridge * identity
     factor, _ = torch.linalg.cholesky_ex(matrix)  # without a check, which would synchronise with the host
-    return factor, usable.to(cosines.dtype)
+    return torch.where(pairs, torch.cholesky_inverse(factor), 0.0)
 
 
 def _solution(cosines: Tensor, usable: Tensor, ridge: float) -> Tensor:
     """The w with C w = 1 on the usable tasks and 0 elsewhere."""
-    factor, right = _system(cosines, usable, ridge)
-    w = _solve(factor, right)
+    inverse = _inverse(cosines, usable, ridge)
+    w = inverse.sum(1)
     for _ in range(_REFINEMENTS):
-        w = w + _solve(factor, right * (1.0 - cosines @ w))
+        w = w + inverse @ (1.0 - cosines @ w)
     return w
-
-
-def _solve(factor: Tensor, right: Tensor) -> Tensor:
-    return torch.cholesky_solve(right[:, None], factor)[:, 0]
 
 
 def _has_impartial_direction(cosines: Tensor, usable: Tensor, w: Tensor) -> Tensor:
@@ -142,8 +138,7 @@ def _nonnegative_solution(cosines: Tensor, usable: Tensor, ridge: float) -> Tens
     fewest = torch.full((), count + 1, device=cosines.device)
     patience = torch.full((), 3, device=cosines.device)
     for _ in range(8 + 4 * count.bit_length()):
-        factor, right = _system(cosines, chosen, ridge)
-        w = torch.where(chosen, _solve(factor, right), 0.0)
+        w = _inverse(cosines, chosen, ridge).sum(1)
         y = regular @ w - 1.0
         wrong = (chosen & (w < 0)) | (usable & ~chosen & (y < -1e-12))
         number = wrong.sum()
