@@ -204,7 +204,7 @@ class MultiTaskModel(nn.Module):
 
         Args:
             lr: the learning rate of backbone and heads; None leaves it to the optimizer.
-            balancer_lr: that of the balancer; None for the same.
+            balancer_lr: that of the balancer; None for the same. Of no effect if it has no parameters.
             weight_decay: that of backbone and heads; None leaves it to the optimizer. It would pull a balancer's
                 log-scales to 0, so they have none.
 

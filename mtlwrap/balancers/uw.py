@@ -1,15 +1,12 @@
 """UW, uncertainty weighting."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from mtlwrap.balancers.base import select
 from mtlwrap.balancers.log_scale import LogScaleBalancer
-
-Likelihood = Literal["regression", "classification", "laplace"]
 
 # likelihood: the factor before the loss, and before the log-variance
 _FACTORS: dict[str, tuple[float, float]] = {
@@ -66,7 +63,7 @@ class UW(LogScaleBalancer):
     def __init__(
         self,
         shape: int | Sequence[int] | None = None,
-        likelihood: Likelihood | Sequence[Likelihood] = "regression",
+        likelihood: str | Sequence[str] = "regression",
         *,
         init: float | Sequence[float] | None = None,
         bound: float = 20.0,
