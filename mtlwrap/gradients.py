@@ -84,9 +84,9 @@ class TaskGradients:
             [gradient if present else None for gradient, present in zip(part, taking_part, strict=True)]
             for part in parts
         ]
-        first = next((g for part in self._parts for g in part if g is not None), None)
-        self._like = first if first is not None else torch.zeros(0)
-        self._layouts = [_Layout(part) for part in self._parts]
+        first = next((g for part in self._parts for g in part if g is not None), torch.zeros(0))
+        self._like = torch.view_as_real(first) if first.is_complex() else first
+        self._layouts = [_Layout(part, self._like) for part in self._parts]
         self._losses = losses
         self._scale = scale
         self._released = False
@@ -107,7 +107,7 @@ class TaskGradients:
     @property
     def precision(self) -> torch.dtype:
         """The floating-point type in which the gradients arrived."""
-        return _real(self._like.dtype)
+        return self._like.dtype
 
     @cached_property
     def active(self) -> Tensor:
@@ -163,8 +163,7 @@ class TaskGradients:
         Asking for it takes the memory of a copy of all gradients; nothing else here does.
         """
         with _plain_arithmetic(self._checked()):
-            rows = torch.stack([self._row(task) for task in range(self.num_tasks)])
-            return rows / self._divisor(rows).to(rows.dtype)
+            return self._unscaled(torch.stack([self._row(task) for task in range(self.num_tasks)]))
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         r"""The vector :math:`\sum_t w_t g_t`, ``[n]``, over the tasks that take part, for weights of shape ``[T]``.
@@ -174,14 +173,14 @@ class TaskGradients:
         """
         flat = [layout.flatten(p) for layout, p in zip(self._layouts, self.scaled_sum(weights), strict=True)]
         total = flat[0] if len(flat) == 1 else torch.cat(flat)
-        return total if self._scale is None else total / self._divisor(total).to(total.dtype)
+        return self._unscaled(total)
 
     def release(self) -> None:
         """Free all tensors; questions are refused from then on."""
         self._released = True
         self._parts = []
         self._losses = self._scale = None
-        self._like = torch.zeros(0)
+        self._like = self._like.new_zeros(0)
         for name in ("active", "losses", "gramian", "norms", "cosines", "finite", "matrix", "_raw_gramian"):
             self.__dict__.pop(name, None)
 
@@ -222,6 +221,12 @@ class TaskGradients:
         # A total that was multiplied with zero has gradients of zero, not of 0/0.
         return torch.where(scale == 0, 1.0, scale)
 
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        if self._scale is None:
+            return gradient
+        # A divisor of one dimension takes a half-precision gradient to float32: the scale can be beyond half's range.
+        return (gradient / self._divisor(gradient).reshape(1)).to(gradient.dtype)
+
     def _row(self, task: int) -> Tensor:
         pieces = []
         for part, layout in zip(self._parts, self._layouts, strict=True):
@@ -242,10 +247,9 @@ class TaskGradients:
 class _Layout:
     """How one tensor of the representation is read as a vector: in memory order, so that reading it copies nothing."""
 
-    def __init__(self, part: Sequence[Tensor | None]) -> None:
-        example = next((gradient for gradient in part if gradient is not None), None)
-        if example is None:  # no task sent a gradient for this tensor
-            example = torch.zeros(0)
+    def __init__(self, part: Sequence[Tensor | None], like: Tensor) -> None:
+        # Where no task sent a gradient there is nothing to read: a vector of length zero.
+        example = next((gradient for gradient in part if gradient is not None), like.new_zeros(0))
         self.dtype = example.dtype
         self.size = example.numel() * (2 if example.is_complex() else 1)
         self._order = tuple(sorted(range(example.dim()), key=example.stride, reverse=True))
@@ -289,7 +293,7 @@ def _weighted_sum(part: Sequence[Tensor | None], layout: _Layout, weights: Tenso
             total = gradient.to(wide) * weight
         else:
             total.addcmul_(gradient.to(wide), weight)
-    return torch.zeros(0) if total is None else total.to(layout.dtype)
+    return weights.new_zeros(0, dtype=layout.dtype) if total is None else total.to(layout.dtype)
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:

@@ -25,8 +25,12 @@ class Balancer(nn.Module, ABC):
         """Tell the balancer how many tasks it balances; the model does this when it is wrapped.
 
         Raises:
-            ValueError: the balancer was made for another number of tasks.
+            TypeError, ValueError: ``num_tasks`` is no positive int, or the balancer was made for another number.
         """
+        if isinstance(num_tasks, bool) or not isinstance(num_tasks, int):
+            raise TypeError(f"num_tasks: expected an int, got {num_tasks!r}.")
+        if num_tasks < 1:
+            raise ValueError(f"num_tasks: expected at least 1, got {num_tasks}.")
         if self.num_tasks is not None and self.num_tasks != num_tasks:
             raise ValueError(
                 f"{type(self).__name__} was made for {self.num_tasks} tasks, but the model has {num_tasks} heads."

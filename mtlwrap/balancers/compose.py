@@ -81,7 +81,15 @@ class Compose(Balancer):
         Raises:
             TypeError, ValueError: as :class:`LossBalancer` and :class:`GradientBalancer` alone.
         """
-        values = losses.detach().requires_grad_()
+        gradients = TaskGradients(matrix, losses)
+        if self.num_tasks is not None and self.num_tasks != gradients.num_tasks:
+            raise ValueError(
+                f"{type(self).__name__} was made for {self.num_tasks} tasks, "
+                f"got a matrix of {gradients.num_tasks} rows."
+            )
+        self.loss(losses.detach())  # for its checks of the losses
+        # In float32 or wider, for a factor can be beyond half precision's range.
+        values = losses.detach().to(torch.promote_types(losses.dtype, torch.float32)).requires_grad_()
         with torch.enable_grad():
             (factors,) = torch.autograd.grad(self.loss(values), values)
-        return self.gradient.combine(TaskGradients(factors[:, None].to(matrix.dtype) * matrix, losses))
+        return self.gradient.combine(TaskGradients(factors[:, None] * matrix, losses)).to(matrix.dtype)

@@ -1,7 +1,7 @@
 """Fixed weights, chosen by hand."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,8 +31,10 @@ class FixedWeights(LossBalancer):
 
     weights: Tensor
 
-    def __init__(self, weights: Sequence[float]) -> None:
+    def __init__(self, weights: Iterable[float]) -> None:
         super().__init__()
+        if not isinstance(weights, Iterable) or (isinstance(weights, Tensor) and weights.dim() != 1):
+            raise TypeError(f"weights: expected a sequence of numbers, one per task, got {weights!r}.")
         given = weights.tolist() if isinstance(weights, Tensor) else list(weights)
         for task, weight in enumerate(given):
             if isinstance(weight, bool) or not isinstance(weight, int | float):

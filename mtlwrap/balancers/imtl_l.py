@@ -32,7 +32,7 @@ class IMTLL(LogScaleBalancer):
     Args:
         shape: the shape of the values, an int ``n`` for ``(n,)``; None leaves it to the model.
         init: the initial log-scales, one number or one per value; None for zeros.
-        bound: log-scales act within ``[-bound, bound]``. The default lets losses from 2e-9 to 5e8 be scaled to 1.
+        bound: log-scales are kept within ``[-bound, bound]``. The default lets losses from 2e-9 to 5e8 be scaled to 1.
 
     Shape:
         ``values``: ``shape``; the result is 0-dim.

@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ class LogScaleBalancer(LossBalancer):
     """A loss balancer that learns one number per loss, the logarithm of its scale.
 
     The number is learned by the user's optimizer: put ``model.balancer_parameters()`` into it, without weight decay,
-    which would pull the scales to 1. It acts within ``[-bound, bound]``; beyond the bound only a gradient that leads
-    back inside reaches it, so it neither runs away (a loss of exactly zero would take it to infinity) nor sticks.
+    which would pull the scales to 1. It is put back into ``[-bound, bound]`` whenever it is used in training, so it
+    neither runs away (a loss of exactly zero would take it to infinity) nor sticks beyond the bound, as a number that
+    is only clamped on the way into the formula does. At a bound, a gradient that leads outside is zero.
 
     Derived classes name the parameter in ``_parameter``.
     """
@@ -77,14 +78,19 @@ class LogScaleBalancer(LossBalancer):
                 f"{type(self).__name__} was made without a shape. Give it one, {type(self).__name__}(shape), or hand "
                 "it to a MultiTaskModel, which tells it the number of tasks."
             )
-        chosen = select(parameter, tasks)
+        if torch.is_grad_enabled():
+            # Through .data: no formula keeps the parameter itself for its backward, so another total that waits for
+            # its own backward need not, and shall not, take this for a change of its inputs.
+            parameter.data.clamp_(-self.bound, self.bound)
+            chosen = select(cast("Tensor", _Inward.apply(parameter, self.bound)), tasks)
+        else:
+            chosen = select(parameter.clamp(-self.bound, self.bound), tasks)
         if losses.shape != chosen.shape:
             raise ValueError(
                 f"{type(self).__name__}: expected values of shape {tuple(chosen.shape)}, got {tuple(losses.shape)}."
             )
         wide = torch.promote_types(torch.promote_types(chosen.dtype, losses.dtype), torch.float32)
-        bounded: Tensor = _Bounded.apply(chosen.to(device=losses.device, dtype=wide), self.bound)
-        return bounded
+        return chosen.to(device=losses.device, dtype=wide)
 
     def _allocate(self) -> None:
         self.register_parameter(self._parameter, nn.Parameter(self._initial()))
@@ -102,27 +108,27 @@ class LogScaleBalancer(LossBalancer):
         return torch.tensor(self._init, dtype=torch.get_default_dtype()).reshape(self.shape)
 
 
-class _Bounded(torch.autograd.Function):
-    """Clamp, but beyond a bound let the gradient through that leads back inside."""
+class _Inward(torch.autograd.Function):
+    """The same values; at a bound, only a gradient passes whose descent step leads back inside."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, bound: float) -> Tensor:
-        ctx.save_for_backward(values)
-        ctx.bound = bound
-        return values.clamp(-bound, bound)
+        ctx.save_for_backward(values >= bound, values <= -bound)
+        return values.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (values,) = ctx.saved_tensors
+        upper, lower = ctx.saved_tensors
         (gradient,) = gradients
-        # A descent step moves against the gradient.
-        outward = ((values >= ctx.bound) & (gradient < 0)) | ((values <= -ctx.bound) & (gradient > 0))
-        return torch.where(outward, torch.zeros_like(gradient), gradient), None
+        outward = (upper & (gradient < 0)) | (lower & (gradient > 0))
+        return torch.where(outward, 0.0, gradient), None
 
 
 def _checked_shape(shape: int | Sequence[int] | None) -> tuple[int, ...] | None:
     if shape is None:
         return None
+    if not isinstance(shape, int | Sequence):
+        raise TypeError(f"shape: expected an int or a sequence of ints, got {shape!r}.")
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     for size in sizes:
         if isinstance(size, bool) or not isinstance(size, int):
@@ -137,6 +143,8 @@ def _checked_init(init: float | Sequence[float] | None, bound: float) -> float |
         return 0.0
     given = init.tolist() if isinstance(init, Tensor) else init
     values = list(given) if isinstance(given, Sequence) else [given]
+    if not values:
+        raise ValueError("init: expected one number, or one per task, got none.")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"init: expected a number, or one per task, got {init!r}.")

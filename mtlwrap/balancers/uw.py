@@ -39,7 +39,7 @@ class UW(LogScaleBalancer):
         shape: the shape of the values, an int ``n`` for ``(n,)``; None leaves it to the model.
         likelihood: one for all, or one per task.
         init: the initial log-variances, one number or one per value; None for zeros.
-        bound: log-variances act within ``[-bound, bound]``.
+        bound: log-variances are kept within ``[-bound, bound]``.
 
     Shape:
         ``values``: ``shape``; the result is 0-dim.
