@@ -1,7 +1,7 @@
 """What a gradient balancer sees of a step: one gradient per task, and what follows from them."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 
 import torch
@@ -17,9 +17,10 @@ class TaskGradients:
     It is the only thing that a :class:`~mtlwrap.GradientBalancer` sees. Everything in it is computed when it is
     first asked for, once, without a graph, without autocast, and without synchronising with the host.
 
-    The gradients are those of the losses as they were given: what a trainer multiplied the total with (a loss
-    scale, a division by accumulation steps) is divided out. A task that takes no part in the step has a gradient
-    of zero. Several tensors in the representation count as one long vector.
+    The gradients are those of the losses as they entered the total: with the factor that a loss balancer gave them
+    (``loss_factors``), which a gradient balancer is meant to see, but without what a trainer multiplied the total
+    with (a loss scale, a division by accumulation steps). A task that takes no part in the step has a gradient of
+    zero. Several tensors in the representation count as one long vector.
 
     Inner products are accumulated in float64 (float32 on devices that have no float64), whatever the gradients'
     own precision and whatever precision is allowed for matrix products elsewhere: a sum of squares of float32
@@ -59,6 +60,7 @@ class TaskGradients:
         taking_part: Sequence[bool],
         losses: Tensor | None = None,
         scale: Tensor | None = None,
+        loss_factors: Tensor | None = None,
     ) -> "TaskGradients":
         """From gradients as autograd hands them over.
 
@@ -67,9 +69,11 @@ class TaskGradients:
             taking_part: for each task, whether it takes part in this step.
             losses: the tasks' losses, ``[T]``.
             scale: what the total was multiplied with, 0-dim; it is divided out of every answer.
+            loss_factors: with what factor a loss balancer let each loss into the total, ``[T]``.
         """
         gradients = cls.__new__(cls)
         gradients._fill(parts, taking_part, losses, scale)
+        gradients._loss_factors = loss_factors
         return gradients
 
     def _fill(
@@ -81,7 +85,7 @@ class TaskGradients:
     ) -> None:
         self._taking_part = tuple(taking_part)
         self._parts = [
-            [gradient if present else None for gradient, present in zip(part, taking_part, strict=True)]
+            [_plain(gradient) if present else None for gradient, present in zip(part, taking_part, strict=True)]
             for part in parts
         ]
         first = next((g for part in self._parts for g in part if g is not None), torch.zeros(0))
@@ -89,6 +93,7 @@ class TaskGradients:
         self._layouts = [_Layout(part, self._like) for part in self._parts]
         self._losses = losses
         self._scale = scale
+        self._loss_factors: Tensor | None = None
         self._released = False
 
     def __repr__(self) -> str:
@@ -125,6 +130,16 @@ class TaskGradients:
         if self._losses is None:
             return torch.full((self.num_tasks,), torch.nan, device=self._like.device)
         return self._losses.detach()
+
+    @cached_property
+    def loss_factors(self) -> Tensor:
+        r"""With what factor a loss balancer let each loss into the total, ``[T]``: ones where there is none.
+
+        The gradients here are those of the losses as they entered the total, :math:`e^{s_t} L_t` for IMTL; divide
+        ``norms`` by these factors for the norms of the raw losses' gradients.
+        """
+        self._checked()
+        return torch.ones_like(self.losses) if self._loss_factors is None else self._loss_factors
 
     @cached_property
     def gramian(self) -> Tensor:
@@ -179,9 +194,19 @@ class TaskGradients:
         """Free all tensors; questions are refused from then on."""
         self._released = True
         self._parts = []
-        self._losses = self._scale = None
+        self._losses = self._scale = self._loss_factors = None
         self._like = self._like.new_zeros(0)
-        for name in ("active", "losses", "gramian", "norms", "cosines", "finite", "matrix", "_raw_gramian"):
+        for name in (
+            "active",
+            "losses",
+            "loss_factors",
+            "gramian",
+            "norms",
+            "cosines",
+            "finite",
+            "matrix",
+            "_raw_gramian",
+        ):
             self.__dict__.pop(name, None)
 
     def scaled_sum(self, weights: Tensor) -> list[Tensor]:
@@ -270,7 +295,7 @@ def _add_gramian(total: Tensor, rows: list[Tensor | None]) -> None:
     """Add the inner products of equally long vectors to ``total``, in blocks that are converted to its precision."""
     length = next((row.numel() for row in rows if row is not None), 0)
     # On an accelerator large blocks keep it busy; on a CPU small ones stay in the cache.
-    width = _BLOCK if total.device.type == "cpu" else _BLOCK << 6
+    width = _BLOCK if total.device.type == "cpu" else max(_BLOCK, (_BLOCK << 9) // len(rows))
     block = total.new_zeros(len(rows), min(width, length))
     for start in range(0, length, width):
         piece = block[:, : min(width, length - start)]
@@ -304,8 +329,22 @@ def _accumulator(like: Tensor) -> torch.dtype:
     return torch.float32 if like.device.type == "mps" else torch.float64  # there is no float64 on mps
 
 
+def _plain(gradient: Tensor | None) -> Tensor | None:
+    """Dense, and with its conjugation carried out, so that it can be read as it lies in memory."""
+    if gradient is None:
+        return None
+    return (gradient if gradient.layout == torch.strided else gradient.to_dense()).resolve_conj()
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast must not take a decision down to half precision; some devices, such as meta, have no autocast."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 @contextmanager
 def _plain_arithmetic(like: Tensor) -> Iterator[None]:
-    """Statistics carry no graph, and autocast must not take them down to half precision."""
-    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+    """Statistics carry no graph, and are in full precision."""
+    with torch.no_grad(), without_autocast(like.device.type):
         yield

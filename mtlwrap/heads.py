@@ -1,5 +1,6 @@
 """The container of the heads: registered normally, indexed as given, any name allowed."""
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,8 +52,9 @@ class Heads(nn.Module):
             if task not in self._keys:
                 raise ValueError(f"There is no task called {task!r}; the tasks are {', '.join(map(repr, self.tasks))}.")
             return self.tasks.index(task)
-        if isinstance(task, bool) or not isinstance(task, int):
+        if isinstance(task, bool) or not hasattr(task, "__index__"):
             raise TypeError(f"task: expected a name or a position, got {type(task).__name__}.")
+        task = operator.index(task)  # numpy's integers too
         if not -len(self) <= task < len(self):
             raise ValueError(f"There is no task at position {task}; there are {len(self)} tasks.")
         return task % len(self)
@@ -66,6 +68,18 @@ class Heads(nn.Module):
     def __iter__(self) -> Iterator[Any]:
         """Over the names if the heads were given by name, else over the heads."""
         return iter(self.tasks) if self.named else (self[name] for name in self.tasks)
+
+    def keys(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        return self.tasks
+
+    def values(self) -> list[nn.Module]:
+        """The heads, in the tasks' order."""
+        return [self[task] for task in self.tasks]
+
+    def items(self) -> list[tuple[str, nn.Module]]:
+        """The names and the heads."""
+        return [(task, self[task]) for task in self.tasks]
 
     def _quoted(self, name: str) -> str:
         quoted = name.replace("%", "%25").replace(".", "%2E")

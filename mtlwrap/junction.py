@@ -14,26 +14,19 @@ Nothing outside this file knows autograd's internals. The two names of torch use
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from mtlwrap.balancers.base import Balancer
-from mtlwrap.gradients import TaskGradients
+from mtlwrap.balancers.base import Balancer, transforming
+from mtlwrap.gradients import TaskGradients, without_autocast
 from mtlwrap.losses import Losses, checked_auxiliary, collect
+from mtlwrap.opaque import opaque
 from mtlwrap.step import Scope, current_scope
 from mtlwrap.structure import differentiable_tensors, replace_tensors
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _opaque(function: _Function) -> _Function:
-    """Keep torch.compile out: traced, the state of this file would be baked into the graph of the first step."""
-    return cast("_Function", torch.compiler.disable(function))
-
 
 _lazy_clone = getattr(torch, "_lazy_clone", None)
 
@@ -84,14 +77,18 @@ class Report:
         return {"weights": self.weights, "_gradients": None, "_scope": None}
 
 
+# Backward passes that may be running at once through one total; older ones that never arrived are forgotten.
+_MOST_PASSES = 64
+
+
 class _Order:
-    """What one ``scalarize`` tells the forks: who takes part, and, during the backward, what was multiplied in."""
+    """What one ``scalarize`` tells the forks: who takes part, and the losses' values."""
 
     def __init__(self, taking_part: tuple[bool, ...]) -> None:
         self.taking_part = taking_part
         self.losses: Tensor | None = None
-        self.scale: Tensor | None = None
-        self.loss_factors: Tensor | None = None
+        # By graph task: several threads may run backward through one total.
+        self.passes: dict[int, _Pass] = {}
 
     def spread(self, values: Tensor | None, absent: float) -> Tensor | None:
         """Values of the tasks that take part, at their places among all tasks."""
@@ -100,6 +97,21 @@ class _Order:
         remaining = iter(values.unbind())
         filler = torch.full_like(values[0], absent)
         return torch.stack([next(remaining) if present else filler for present in self.taking_part])
+
+
+class _Pass:
+    """An order in one backward pass: what the total was multiplied with, and with what factor each loss came."""
+
+    def __init__(self, order: _Order, scale: Tensor) -> None:
+        self.order = order
+        self.scale = scale
+        self.loss_factors: Tensor | None = None
+
+
+def _remember(passes: dict[int, _Pass], running: _Pass) -> None:
+    passes[_graph_task_id()] = running
+    while len(passes) > _MOST_PASSES:
+        passes.pop(next(iter(passes)))
 
 
 class _ForkState:
@@ -118,22 +130,21 @@ class _ForkState:
         self.scope = current_scope()
         self.spent = False
         self.node: weakref.ref[Any] | None = None
-        self._order: tuple[int, _Order] | None = None
+        self._passes: dict[int, _Pass] = {}
 
-    def leave(self, order: _Order) -> None:
+    def leave(self, running: _Pass) -> None:
         """Called by the scalar node: in this backward pass the fork balances."""
-        pending = self._order
-        if pending is not None and pending[0] == _graph_task_id() and pending[1] is not order:
+        pending = self._passes.get(_graph_task_id())
+        if pending is not None and pending.order is not running.order:
             raise ValueError(
                 "Two scalarized totals of the same forward met in one backward pass. Hand all losses of a forward "
                 "to one call of scalarize, or run a backward pass for each total."
             )
-        self._order = (_graph_task_id(), order)
+        _remember(self._passes, running)
 
-    def take(self) -> _Order | None:
-        """Called by the fork: the order left in this very backward pass, if there is one."""
-        pending, self._order = self._order, None
-        return pending[1] if pending is not None and pending[0] == _graph_task_id() else None
+    def take(self) -> _Pass | None:
+        """Called by the fork: what was left in this very backward pass, not in one around it or one before."""
+        return self._passes.pop(_graph_task_id(), None)
 
     def by_task(self, gradients: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
         """The arriving gradients, sorted: for each tensor of the representation, one entry per task."""
@@ -143,21 +154,30 @@ class _ForkState:
                 parts[tensor][task] = gradients[position * self.num_tensors + tensor]
         return parts
 
-    def balance(self, parts: list[list[Tensor | None]], order: _Order) -> list[Tensor | None]:
+    def balance(self, parts: list[list[Tensor | None]], running: _Pass) -> list[Tensor | None]:
         """The shared gradient of each tensor of the representation, as the balancer decides."""
+        order = running.order
         gradients = TaskGradients.from_parts(
             self._completed(parts, order.taking_part),
             order.taking_part,
             order.spread(order.losses, torch.nan),
-            order.scale,
+            running.scale,
+            order.spread(running.loss_factors, 0.0),
         )
         with torch.no_grad():
             weights = self.balancer.weigh(gradients)
+        if weights is not None and not isinstance(weights, Tensor):
+            raise TypeError(
+                f"{type(self.balancer).__name__}.weigh: expected to return a tensor of shape [{self.num_tasks}] or "
+                f"None, got {type(weights).__name__}."
+            )
         if weights is None:
             shared = gradients.scaled(self.balancer.combine(gradients))
         else:
             shared = gradients.scaled_sum(weights)
-        self.report.fill(self._raw_weights(weights, order), gradients, self.scope)
+        # With what factor each *raw* loss's gradient entered: the balancer's weight times the loss's own factor.
+        raw = None if weights is None else weights.detach() * gradients.loss_factors.to(weights.device)
+        self.report.fill(raw, gradients, self.scope)
         return [None if all(g is None for g in part) else s for part, s in zip(parts, shared, strict=True)]
 
     def _completed(self, parts: list[list[Tensor | None]], taking_part: tuple[bool, ...]) -> list[list[Tensor | None]]:
@@ -169,14 +189,6 @@ class _ForkState:
                 part[taking_part.index(True)] = torch.zeros((), dtype=dtype, device=device).expand(shape)
             completed.append(part)
         return completed
-
-    @staticmethod
-    def _raw_weights(weights: Tensor | None, order: _Order) -> Tensor | None:
-        """With what factor each *raw* loss's gradient entered: the balancer's weight times the loss's own factor."""
-        factors = order.spread(order.loss_factors, 0.0)
-        if weights is None or factors is None:
-            return None
-        return weights.detach() * factors.to(weights.device)
 
 
 class _ForkNode(torch.autograd.Function):
@@ -196,14 +208,14 @@ class _ForkNode(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @_opaque
+    @opaque
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         state: _ForkState = ctx.state
-        order = state.take()
+        running = state.take()
         state.spent = not _keeps_graph()
         parts = state.by_task(gradients)
-        with torch.autocast(_device_type(gradients), enabled=False):
-            shared = [_plain_sum(part) for part in parts] if order is None else state.balance(parts, order)
+        with without_autocast(_device_type(gradients)):
+            shared = [_plain_sum(part) for part in parts] if running is None else state.balance(parts, running)
         return (None, *shared, *[None] * ctx.num_parameters)
 
     @staticmethod
@@ -227,13 +239,12 @@ class _LossesNode(torch.autograd.Function):
         return order.losses.clone()
 
     @staticmethod
-    @_opaque
+    @opaque
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (gradient,) = gradients
-        order: _Order = ctx.order
-        scale = order.scale
-        detached = gradient.detach()
-        order.loss_factors = detached if scale is None else detached / torch.where(scale == 0, 1.0, scale)
+        running = ctx.order.passes.pop(_graph_task_id(), None)
+        if running is not None:
+            running.loss_factors = gradient.detach() / torch.where(running.scale == 0, 1.0, running.scale)
         returned = zip(gradient.unbind(), ctx.like, strict=True)
         return (None, *(g.to(dtype=dtype, device=device) for g, (dtype, device) in returned))
 
@@ -248,12 +259,13 @@ class _ScalarNode(torch.autograd.Function):
         return total.clone()
 
     @staticmethod
-    @_opaque
+    @opaque
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (gradient,) = gradients
-        ctx.order.scale = gradient.detach()
+        running = _Pass(ctx.order, gradient.detach())
         for fork in ctx.forks:
-            fork.leave(ctx.order)
+            fork.leave(running)
+        _remember(ctx.order.passes, running)
         return None, None, gradient
 
 
@@ -269,9 +281,10 @@ class Junction:
         # The last forward under gradients: True if it forked, False if its representation needed no gradient.
         self._forked: bool | None = None
         self._alive: list[weakref.ref[_ForkState]] = []
+        self._prune_at = 32
         self._lock = threading.Lock()
-        # Sets of tasks whose losses were seen to read no head but their own.
-        self._trusted: set[tuple[bool, ...]] = set()
+        # Tasks whose loss was seen to read no head but its own.
+        self._trusted: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         # Forks belong to graphs, and a copy of a model has none yet.
@@ -281,13 +294,18 @@ class Junction:
         self.__init__(state["tasks"])  # type: ignore[misc]
         self.report = state["report"]
 
-    @_opaque
+    @opaque
     def fork(self, representation: Any, balancer: Balancer, tasks: Sequence[int]) -> list[Any]:
         """An alias of the representation for each of ``tasks``: the same values, safe from each other's writes."""
         tensors = differentiable_tensors(representation)
         if not tensors:
             raise TypeError(
                 f"representation: expected floating-point tensors, found none in a {type(representation).__name__}."
+            )
+        if any(tensor.is_nested for tensor in tensors):
+            raise TypeError(
+                "representation: expected strided tensors, found a nested one. Return its values() and offsets() from "
+                "the backbone and rebuild it in the heads."
             )
         forked = [t for t in tensors if t.requires_grad] if torch.is_grad_enabled() else []
         aliases = self._through_node(forked, balancer, tuple(tasks))
@@ -305,6 +323,9 @@ class Junction:
         outputs = _ForkNode.apply(state, *tensors, *parameters)
         with self._lock:
             self._alive.append(weakref.ref(state))
+            if len(self._alive) > self._prune_at:  # forwards that are never scalarized
+                self._alive = [reference for reference in self._alive if reference() is not None]
+                self._prune_at = max(32, 2 * len(self._alive))
         keys = [id(tensor) for tensor in tensors]
         count = len(tensors)
         return [
@@ -312,7 +333,7 @@ class Junction:
             for position in range(len(tasks))
         ]
 
-    @_opaque
+    @opaque
     def scalarize(self, losses: Sequence[Tensor | None], balancer: Balancer, auxiliary: Tensor | None = None) -> Tensor:
         """The total to call ``backward`` on, with the order to balance attached; ``losses`` has one entry per task."""
         tracking = torch.is_grad_enabled()
@@ -327,12 +348,14 @@ class Junction:
         if not tracking:
             total = balancer.scalarize(_vector(chosen), tasks) if chosen else torch.zeros(())
             return total if auxiliary is None else total + auxiliary
-        if auxiliary is not None:
-            self._check_auxiliary(auxiliary)
         if not chosen:  # a batch without a label: backward works and does nothing
             total = torch.zeros((), requires_grad=True)
             return total if auxiliary is None else total.to(auxiliary.device) + auxiliary
         forks = self._forks_of(losses, taking_part)
+        if auxiliary is not None:
+            self._check_auxiliary(auxiliary, forks)
+        if balancer.training and not transforming():
+            balancer.constrain()
         order = _Order(taking_part)
         total = balancer.scalarize(_LossesNode.apply(order, *chosen), tasks)
         if not isinstance(total, Tensor) or total.dim() != 0:
@@ -351,18 +374,19 @@ class Junction:
     def _forks_of(self, losses: Sequence[Tensor | None], taking_part: tuple[bool, ...]) -> list[_ForkState]:
         """The forks that these losses came from.
 
-        Usually a single fork is alive, and it is that one. Where several are, or a set of tasks comes for the first
-        time, the graph is walked from every loss.
+        Usually a single fork is alive, and the first loss leads to it: then it is that one. Where several are alive,
+        or a task comes for the first time, the graph is walked from every loss.
         """
         living = self._living()
-        if len(living) == 1 and taking_part in self._trusted:
-            return living
         present = [task for task, present in enumerate(taking_part) if present]
+        unknown = [task for task in present if task not in self._trusted]
+        if len(living) == 1 and not unknown and _Walk(losses[present[0]], self, to_first=True).reached:
+            return living
         walks = {task: _Walk(losses[task], self) for task in present}
         forks = self._common_forks(walks)
-        for task, walk in walks.items():
-            self._check_reads_own_head(task, losses[task], walk)
-        self._trusted.add(taking_part)
+        for task in unknown:
+            self._check_reads_own_head(task, losses[task], walks[task])
+        self._trusted.update(unknown)
         return forks
 
     def _common_forks(self, walks: "dict[int, _Walk]") -> list[_ForkState]:
@@ -378,7 +402,7 @@ class Junction:
             raise ValueError(
                 "No loss depends on a representation of this model: scalarize and backward need losses computed from "
                 "the predictions of a forward with gradients enabled. "
-                + ("There was no such forward yet." if self._forked is None else "Were the predictions detached?")
+                + ("There was no such forward yet." if self._forked is None else "Were all predictions detached?")
                 + " (A forward inside torch.no_grad, inference_mode or a reentrant checkpoint does not count.)"
             )
         first_task, first = next(iter(reached.items()))
@@ -387,7 +411,8 @@ class Junction:
                 raise ValueError(
                     f"The losses come from different forwards: that of task {self.tasks[first_task]!r} and that of "
                     f"task {self.tasks[task]!r} do not depend on the same one. Expected the losses of one call of "
-                    "scalarize to come from the same forward (or, added up, from the same forwards)."
+                    "scalarize to come from the same forward (or, added up, from the same forwards); to compare two "
+                    "batches in a loss, concatenate them into one forward, or detach one side."
                 )
         return list(first)
 
@@ -403,15 +428,18 @@ class Junction:
         edges = [edge for _, edge in others]
         gradients = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
         for (other, _), gradient in zip(others, gradients, strict=True):
-            if gradient is not None and bool(gradient.count_nonzero()):
+            # NaN says nothing: 0 times NaN, from a loss next to this one, is NaN too.
+            if gradient is not None and bool(gradient.nan_to_num(0.0).count_nonzero()):
+                reads_own = task in walk.tasks()
                 raise ValueError(
                     f"The loss of task {self.tasks[task]!r} reads the prediction of task {self.tasks[other]!r}: it "
-                    "sends a gradient there. Expected each task's loss to depend on its own head only; detach the "
-                    "other prediction."
+                    "sends a gradient there. Expected each task's loss to depend on its own head only. "
+                    + ("Detach the other prediction." if reads_own else f"Are the losses in order, {self.tasks}?")
                 )
 
-    def _check_auxiliary(self, auxiliary: Tensor) -> None:
-        if auxiliary.requires_grad and _Walk(auxiliary, self).reached:
+    def _check_auxiliary(self, auxiliary: Tensor, forks: Sequence[_ForkState]) -> None:
+        # One that comes from another forward is added there as it is.
+        if auxiliary.requires_grad and not _Walk(auxiliary, self).reached.keys().isdisjoint(forks):
             raise ValueError(
                 "auxiliary depends on the representation through the heads, where its gradient would be balanced as "
                 "if it were the tasks'. Expected a term that does not (a penalty on parameters, say); add this one to "
@@ -422,7 +450,7 @@ class Junction:
 class _Walk:
     """Which forks the graph of a loss leads to, and at which of their aliases it arrives."""
 
-    def __init__(self, loss: Tensor | None, junction: Junction) -> None:
+    def __init__(self, loss: Tensor | None, junction: Junction, *, to_first: bool = False) -> None:
         self.reached: dict[_ForkState, set[int]] = {}
         # Whether a fork of another model was met, and whether a node was met that mixes all it was compiled from.
         self.foreign = False
@@ -435,6 +463,8 @@ class _Walk:
             state = node.state if getattr(type(node), "_forward_cls", None) is _ForkNode else None  # type: ignore[attr-defined]
             if state is not None and state.owner() is junction:
                 self.reached.setdefault(state, set()).add(output)
+                if to_first:
+                    return
                 continue  # what lies behind is the backbone's
             if node in visited:
                 continue
@@ -442,6 +472,10 @@ class _Walk:
             self.foreign = self.foreign or state is not None
             self.opaque = self.opaque or node.name() in _OPAQUE_NODES
             stack.extend((following, nr) for following, nr in node.next_functions if following is not None)
+
+    def tasks(self) -> set[int]:
+        """The tasks at whose aliases the walk arrived."""
+        return {state.tasks[o // state.num_tensors] for state, outputs in self.reached.items() for o in outputs}
 
     def aliases_of_others(self, task: int) -> list[tuple[int, GradientEdge]]:
         """The aliases of other tasks at which the walk arrived."""
@@ -488,7 +522,7 @@ class Fork:
 _junctions: "weakref.WeakKeyDictionary[Balancer, Junction]" = weakref.WeakKeyDictionary()
 
 
-@_opaque
+@opaque
 def fork(representation: Any, balancer: Balancer, num_tasks: int) -> Fork:
     """The fork itself, for a model that is not one backbone with heads (MMoE, MTAN, cross-stitch).
 
@@ -536,8 +570,8 @@ def fork(representation: Any, balancer: Balancer, num_tasks: int) -> Fork:
 
 def alias(tensor: Tensor) -> Tensor:
     """The same values in a tensor of its own: copied when someone writes, as long as torch can tell; else at once."""
-    if torch.compiler.is_compiling():
-        return tensor.clone()  # the compiler drops it where nobody writes
+    if torch.compiler.is_compiling() or transforming():
+        return tensor.clone()  # a compiler drops it where nobody writes
     if _lazy_clone is not None and type(tensor) in (Tensor, torch.nn.Parameter):
         try:
             aliased: Tensor = _lazy_clone(tensor)
@@ -545,7 +579,8 @@ def alias(tensor: Tensor) -> Tensor:
             pass
         else:
             return aliased
-    return tensor.clone()
+    with torch._C.DisableTorchFunctionSubclass():  # a subclass would be re-made as a view of the copy
+        return tensor.clone()
 
 
 def aliases(representation: Any) -> Any:

@@ -11,7 +11,7 @@ from mtlwrap.gradients import TaskGradients
 from mtlwrap.heads import Heads
 from mtlwrap.junction import Junction, aliases
 from mtlwrap.losses import Losses, checked_auxiliary, collect
-from mtlwrap.watch import MovementWatch
+from mtlwrap.watch import Watch
 
 
 class MultiTaskModel(nn.Module):
@@ -83,9 +83,13 @@ class MultiTaskModel(nn.Module):
             raise ValueError(f"gradients: expected 'representation', got {gradients!r}.")
         self.backbone = backbone
         self.heads = Heads(heads)
-        self.balancer = self._bound(balancer)
+        self.balancer = balancer  # type: ignore[assignment]  # __setattr__ makes it one
         self._junction = Junction(self.heads.tasks)
-        self._watch = MovementWatch()
+        self._watch = Watch()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module; but a balancer, also one that replaces another, is told the number of tasks."""
+        super().__setattr__(name, self._bound(value) if name == "balancer" else value)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -98,7 +102,7 @@ class MultiTaskModel(nn.Module):
 
     def __getitem__(self, task: int | str) -> "SingleTaskModel":
         """The single-task model of a task, by name or position: backbone and head, sharing the weights."""
-        if isinstance(task, int) and not -len(self) <= task < len(self):
+        if not isinstance(task, str) and hasattr(task, "__index__") and not -len(self) <= task < len(self):
             raise IndexError(f"There is no task at position {task}; there are {len(self)} tasks.")
         if isinstance(task, str) and task not in self.tasks:
             raise KeyError(f"There is no task called {task!r}; the tasks are {', '.join(map(repr, self.tasks))}.")
@@ -123,7 +127,7 @@ class MultiTaskModel(nn.Module):
         """
         chosen = self._positions(tasks)
         representation = self.backbone(*args, **kwargs)
-        if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not torch.is_grad_enabled()):
+        if _is_captured():
             own = [aliases(representation) for _ in chosen]  # nothing to balance: no break in the graph
         else:
             own = self._junction.fork(representation, self.balancer, chosen)
@@ -142,7 +146,8 @@ class MultiTaskModel(nn.Module):
                 and the balancer's state for it does not move. If all are absent, ``backward`` does nothing. A task's
                 loss reads the prediction of its own head only.
             auxiliary: a 0-dim tensor that bypasses the balancing; its gradient is added as it is. It must not depend
-                on the predictions.
+                on the predictions of the same forward. Nor must anything that does be added to the total by hand:
+                its gradient would count as the tasks', and be dropped where the task takes no part.
 
         Raises:
             TypeError: losses of an unknown kind, or one that is no floating-point tensor.
@@ -151,13 +156,13 @@ class MultiTaskModel(nn.Module):
                 depends on the predictions.
 
         Note:
-            That a loss reads its own head only is checked when a set of tasks comes together for the first time, and
-            whenever more than one forward is pending.
+            That a loss reads its own head only is checked when a task comes for the first time, by its gradient on
+            the other heads; a term that is added to it later, or that a compiled loss function hides, is not noticed.
         """
         collected = collect(losses, self.tasks)
         total = self._junction.scalarize(collected, self.balancer, checked_auxiliary(auxiliary))
         if self.training and total.requires_grad:
-            self._watch.look(self.balancer)
+            self._watch.look(self, self.balancer)
         return total
 
     def backward(self, losses: Losses, auxiliary: Tensor | None = None, *, retain_graph: bool | None = None) -> None:
@@ -228,7 +233,8 @@ class MultiTaskModel(nn.Module):
     def _bound(self, balancer: Balancer | str | None) -> Balancer:
         made = by_name(balancer) if isinstance(balancer, str) else EqualWeighting() if balancer is None else balancer
         if not isinstance(made, Balancer):
-            raise TypeError(f"balancer: expected a balancer, the name of one or None, got {type(made).__name__}.")
+            what = f"the class {made.__name__}" if isinstance(made, type) else type(made).__name__
+            raise TypeError(f"balancer: expected a balancer object, the name of one or None, got {what}.")
         made.bind(len(self.heads))
         # It comes to where the model already is; a later model.to(...) moves both.
         example = next(self.backbone.parameters(), None)
@@ -237,7 +243,7 @@ class MultiTaskModel(nn.Module):
     def _positions(self, tasks: int | str | Iterable[int | str] | None) -> list[int]:
         if tasks is None:
             return list(range(len(self)))
-        chosen = [tasks] if isinstance(tasks, int | str) else list(tasks)
+        chosen = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str) else [tasks]
         positions = [self.heads.position(task) for task in chosen]
         if len(set(positions)) != len(positions) or not positions:
             raise ValueError(f"tasks: expected at least one task, each once, got {chosen!r}.")
@@ -259,5 +265,13 @@ class SingleTaskModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The prediction of the head; the arguments go to the backbone."""
+        representation = self.backbone(*args, **kwargs)
         # Aliased, for a head that writes in place must not touch what the backbone keeps for its backward.
-        return self.head(aliases(self.backbone(*args, **kwargs)))
+        return self.head(representation if _is_captured() else aliases(representation))
+
+
+def _is_captured() -> bool:
+    """Whether the forward is being recorded for use without a backward: exported, traced, compiled for evaluation."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
+    return torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not torch.is_grad_enabled())

@@ -16,6 +16,7 @@ class Scope:
 
     def __init__(self) -> None:
         self.is_open = True
+        self.users = 0
         self._members: weakref.WeakSet[_Releasable] = weakref.WeakSet()
 
     def add(self, member: _Releasable) -> None:
@@ -34,8 +35,10 @@ _current: ContextVar[Scope | None] = ContextVar("mtlwrap_step", default=None)
 
 
 def current_scope() -> Scope | None:
-    """The scope that the running code is in, or None outside :func:`cached`."""
-    return _current.get()
+    """The open scope that the running code is in, or None outside :func:`cached`."""
+    scope = _current.get()
+    # An asyncio task inherits the scope it was started in, which may have ended since.
+    return scope if scope is not None and scope.is_open else None
 
 
 @contextmanager
@@ -49,7 +52,7 @@ def cached() -> Iterator[None]:
 
     Outside of it training is the same to the bit; the gradients are freed as the backward pass ends.
 
-    Scopes nest: an inner one joins the outer one, and the outermost frees. Each thread has a step of its own. The
+    Scopes nest: an inner one joins the outer one, and the last to leave frees. Each thread has a step of its own. The
     scope that counts is the one around the *forward*; the backward may run on any thread. It can also be used as
     a decorator, ``@cached()``.
 
@@ -68,13 +71,13 @@ def cached() -> Iterator[None]:
         >>> model.task_gradients is None
         True
     """
-    if _current.get() is not None:
-        yield
-        return
-    scope = Scope()
+    scope = current_scope() or Scope()
+    scope.users += 1
     token = _current.set(scope)
     try:
         yield
     finally:
         _current.reset(token)
-        scope.close()
+        scope.users -= 1
+        if scope.users == 0:  # interleaved generators may leave in another order than they came
+            scope.close()

@@ -59,7 +59,7 @@ def _replace(value: Any, substitute: Callable[[Tensor], Tensor], where: str) -> 
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_replace(item, substitute, f"{where}[{i}]") for i, item in enumerate(value)))
     if isinstance(value, list | tuple):
-        return type(value)(_replace(item, substitute, f"{where}[{i}]") for i, item in enumerate(value))
+        return _replace_sequence(value, substitute, where)
     if dataclasses.is_dataclass(value):
         return _replace_dataclass(value, substitute, where)
     if _hides_tensors(value, _SEARCH_DEPTH):
@@ -69,6 +69,23 @@ def _replace(value: Any, substitute: Callable[[Tensor], Tensor], where: str) -> 
             "tensors (any nesting). Return its tensors from the backbone and rebuild the object in the heads."
         )
     return value
+
+
+def _replace_sequence(value: Any, substitute: Callable[[Tensor], Tensor], where: str) -> Any:
+    items = [_replace(item, substitute, f"{where}[{i}]") for i, item in enumerate(value)]
+    if type(value) in (list, tuple) or isinstance(value, tuple):
+        return type(value)(items)
+    rebuilt = copy.copy(value)
+    _replace_attributes(rebuilt, substitute, where)
+    rebuilt[:] = items
+    return rebuilt
+
+
+def _replace_attributes(rebuilt: Any, substitute: Callable[[Tensor], Tensor], where: str) -> None:
+    """The tensors that a container holds as attributes too, beside its items or fields."""
+    attributes = getattr(rebuilt, "__dict__", {})
+    for name, item in list(attributes.items()):
+        attributes[name] = _replace(item, substitute, f"{where}.{name}")
 
 
 def _replace_mapping(value: Mapping[Any, Any], substitute: Callable[[Tensor], Tensor], where: str) -> Any:
@@ -82,14 +99,25 @@ def _replace_mapping(value: Mapping[Any, Any], substitute: Callable[[Tensor], Te
             f"{where} is a {type(value).__module__}.{type(value).__qualname__}, a mapping that cannot be assigned "
             "to; expected a dict or another mutable mapping."
         )
+    originals = dict(value.items())
+    # Attributes first: a mapping that keeps its items in a dict of its own would share that dict with its copy.
+    _replace_attributes(rebuilt, substitute, where)
     for key, item in items.items():
         rebuilt[key] = item
+    if any(value[key] is not original for key, original in originals.items()):
+        for key, original in originals.items():
+            value[key] = original  # type: ignore[index]
+        raise TypeError(
+            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, a mapping whose copies share their "
+            "items with it; expected a dict, or a mapping that copy.copy copies."
+        )
     return rebuilt
 
 
 def _replace_dataclass(value: Any, substitute: Callable[[Tensor], Tensor], where: str) -> Any:
     # Not dataclasses.replace: it runs __init__ and __post_init__ again, and refuses fields with init=False.
     rebuilt = copy.copy(value)
+    _replace_attributes(rebuilt, substitute, where)
     for field in dataclasses.fields(value):
         item = _replace(getattr(value, field.name), substitute, f"{where}.{field.name}")
         object.__setattr__(rebuilt, field.name, item)

@@ -1,56 +1,94 @@
 """Notices mistakes that train on silently: balancer parameters that never move, processes that do not agree."""
 
 import warnings
+from itertools import islice
 
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 
-# Backward passes without a movement before it is said: more than anyone accumulates for one optimizer step.
-_PATIENCE = 200
+from mtlwrap.balancers import Balancer, GradientBalancer
+from mtlwrap.opaque import opaque
+
+# Backward passes after which something must have moved.
+_PATIENCE = 100
+
+# A parameter's value, and how often it had been written to.
+_Mark = tuple[Tensor, int]
 
 
-class MovementWatch:
-    """Counts backward passes, and warns once if a parameter was never written to in all of them.
-
-    It compares version counters, which live on the host, and not values.
-    """
+class Watch:
+    """Looks on as a model trains, and warns once of what nobody would notice."""
 
     def __init__(self) -> None:
         self._passes = 0
-        self._processes_checked = False
-        self._start: dict[str, tuple[int, int]] = {}
+        self._of_balancer: dict[str, _Mark] = {}
+        # One parameter of the model: if it has not moved either, there was no optimizer step yet.
+        self._of_model: dict[str, _Mark] = {}
 
-    def look(self, balancer: nn.Module) -> None:
-        """Called once for each balanced total."""
-        self._look_at_processes()
-        if self._passes > _PATIENCE:
-            return
-        marks = {name: (id(p), p._version) for name, p in balancer.named_parameters() if p.requires_grad}
+    def __getstate__(self) -> dict[str, object]:
+        # A copy starts afresh.
+        return vars(Watch())
+
+    @opaque
+    def look(self, model: nn.Module, balancer: Balancer) -> None:
+        """Called once for each balanced total; the balancer is a part of the model."""
         if self._passes == 0:
-            self._start = marks
+            self._begin(model, balancer)
+            _look_at_processes(balancer)
         self._passes += 1
-        if self._passes > _PATIENCE:
-            still = sorted(name for name, mark in marks.items() if self._start.get(name) == mark)
-            if still:
-                warnings.warn(
-                    f"{type(balancer).__name__}: {', '.join(still)} did not change in {_PATIENCE} backward passes, so "
-                    "the balancer is not learning. Put model.balancer_parameters() into the optimizer, best by "
-                    "model.param_groups(...); or freeze them with requires_grad_(False) if that is meant.",
-                    UserWarning,
-                    stacklevel=3,
-                )
+        if self._passes == _PATIENCE + 1:
+            self._end(model, balancer)
 
-    def _look_at_processes(self) -> None:
-        if self._processes_checked:
+    def _begin(self, model: nn.Module, balancer: Balancer) -> None:
+        self._of_balancer = {name: _mark(p) for name, p in balancer.named_parameters() if p.requires_grad}
+        own = {id(p) for p in balancer.parameters()}
+        others = ((name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in own)
+        self._of_model = {name: _mark(p) for name, p in islice(others, 1)}
+
+    def _end(self, model: nn.Module, balancer: Balancer) -> None:
+        still = _unmoved(balancer, self._of_balancer)
+        if still and _unmoved(model, self._of_model):
+            self._passes = 0  # gradients are accumulated over more passes than this
             return
-        self._processes_checked = True
-        # torch.distributed can be missing from a build, and then has no is_initialized.
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            count = torch.distributed.get_world_size()
-            if count > 1:
-                warnings.warn(
-                    f"There are {count} processes: each balances the gradients of its own batch, and they do not "
-                    "agree on the weights. The gradients of the processes are averaged as usual.",
-                    UserWarning,
-                    stacklevel=4,
-                )
+        self._of_balancer, self._of_model = {}, {}
+        if still:
+            warnings.warn(
+                f"{type(balancer).__name__}: {', '.join(still)} did not change in {_PATIENCE} backward passes, while "
+                "the model did, so the balancer is not learning. Put model.balancer_parameters() into the optimizer, "
+                "best by model.param_groups(...); or freeze them with requires_grad_(False) if that is meant.",
+                UserWarning,
+                stacklevel=5,
+            )
+
+
+def _mark(parameter: Tensor) -> _Mark:
+    return parameter.detach().clone(), parameter._version
+
+
+def _unmoved(module: nn.Module, marks: dict[str, _Mark]) -> list[str]:
+    """Which parameters are as they were marked. Values are compared, and the host waits, only if they seem so."""
+    current = dict(module.named_parameters())
+    return sorted(name for name, mark in marks.items() if name in current and not _moved(current[name], mark))
+
+
+def _moved(parameter: Tensor, mark: _Mark) -> bool:
+    value, version = mark
+    if parameter._version != version or parameter.shape != value.shape:
+        return True
+    # Fused optimizers write without counting the version up.
+    return not torch.equal(parameter.detach(), value.to(parameter))
+
+
+def _look_at_processes(balancer: Balancer) -> None:
+    if not any(isinstance(module, GradientBalancer) for module in balancer.modules()):
+        return
+    # torch.distributed can be missing from a build, and then has no is_initialized.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        count = torch.distributed.get_world_size()
+        if count > 1:
+            warnings.warn(
+                f"There are {count} processes, and {type(balancer).__name__} weighs gradients: each process decides by "
+                "itself, from its own batch. The gradients of the processes are averaged as usual.",
+                UserWarning,
+                stacklevel=5,
+            )

@@ -24,7 +24,8 @@ TASKS_OF_STEP = ["abc", "abc", "ac", "abc", "b", "abc"]
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Any:
     torch._dynamo.reset()
-    yield
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        yield
     torch._dynamo.reset()
 
 
@@ -110,8 +111,9 @@ def test_a_compiled_step_function() -> None:
             (scale * model.scalarize(make_losses(model(x)))).backward()
 
     compiled = torch.compile(step)
-    for scale in (65536.0, 2.0, 1.0):
+    for number, scale in enumerate((65536.0, 2.0, 1.0, 3.0, 5.0)):
         x = make_input(int(scale), dtype=torch.float32)
+        torch._dynamo.config.error_on_recompile = number > 2  # the scale becomes a symbol in the second step
         for each, run in ((model, compiled), (reference, step)):
             each.zero_grad()
             run(each, x, scale)

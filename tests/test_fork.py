@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import threading
 import weakref
 
 import pytest
@@ -326,10 +327,18 @@ def test_a_total_that_is_kept_does_not_make_the_next_step_walk(monkeypatch: pyte
     model, x = make_model("imtl-g"), make_input()
     kept = model.scalarize(make_losses(model(x)))
     kept.backward()
-    monkeypatch.setattr(junction_module, "_Walk", None)  # a walk would fail
+    whole_walks = []
+    original = junction_module._Walk
+
+    def walk(*args: object, to_first: bool = False) -> object:
+        whole_walks.extend([] if to_first else [args])
+        return original(*args, to_first=to_first)
+
+    monkeypatch.setattr(junction_module, "_Walk", walk)
     again = model.scalarize(make_losses(model(x)))
     again.backward()
     assert kept.item() == again.item()
+    assert not whole_walks
 
 
 def test_the_model_holds_no_graph() -> None:
@@ -698,3 +707,117 @@ def test_two_totals_of_one_forward_in_one_backward_are_refused() -> None:
     both = model.scalarize({"a": losses["a"]}) + model.scalarize({"b": losses["b"]})
     with pytest.raises(ValueError, match="Two scalarized totals of the same forward met in one backward pass"):
         both.backward()
+
+
+# --- passes within and beside the balanced one ------------------------------------------------------------------------
+
+
+def test_a_pass_inside_the_balanced_backward_does_not_take_its_order() -> None:
+    """A hook that asks for another gradient through the same fork, while the balanced backward is under way."""
+    model, reference, x = make_model("imtl"), make_model("imtl"), make_input()
+    reference.backward(make_losses(reference(x)))
+    predictions = model(x)
+    inner = predictions["b"].sum()
+    asked = []
+
+    def ask(gradient: Tensor) -> None:
+        asked.append(torch.autograd.grad(inner, model.backbone[0].weight, retain_graph=True)[0])
+
+    predictions["a"].register_hook(ask)
+    model.backward(make_losses(predictions), retain_graph=True)
+    assert_close(grads(list(model.parameters())), grads(list(reference.parameters())), rtol=0, atol=0)
+    expected = torch.autograd.grad(model.heads["b"](model.backbone(x)).sum(), model.backbone[0].weight)[0]
+    assert_close(asked, [expected], **EXACT)
+
+
+def test_threads_run_backward_through_one_total() -> None:
+    model, x = make_model("imtl"), make_input()
+    parameters = list(model.parameters())
+    total = model.scalarize(make_losses(model(x)))
+    expected = torch.autograd.grad(total, parameters, retain_graph=True)
+    found: dict[int, tuple[Tensor, ...]] = {}
+
+    def run(number: int) -> None:
+        for _ in range(10):
+            found[number] = torch.autograd.grad((number + 1) * total, parameters, retain_graph=True)
+            assert_close([g / (number + 1) for g in found[number]], list(expected), **EXACT)
+        found[number] = ()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert list(found.values()) == [()] * 4  # every thread came to its end without a difference
+
+
+def test_nothing_grows_from_step_to_step() -> None:
+    model = MultiTaskModel(nn.Linear(2, 2), [nn.Linear(2, 1) for _ in range(12)], "imtl-g").to(DEVICE)
+    x = torch.randn(3, 2, device=DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        present = torch.rand(12, generator=generator) < 0.5
+        model.backward([p.square().mean() if here else None for p, here in zip(model(x), present, strict=True)])
+        sum(p.sum() for p in model(x)).backward()  # a forward that is never scalarized
+    junction = model._junction
+    assert len(junction._trusted) <= 12
+    assert len(junction._alive) <= 64
+
+
+# --- gradients of unusual kinds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("balancer", [None, "imtl-g"])
+def test_conjugated_gradients(balancer: str | None) -> None:
+    class Complex(nn.Module):
+        def __init__(self, conjugate: bool) -> None:
+            super().__init__()
+            self.conjugate = conjugate
+
+        def forward(self, z: Tensor) -> Tensor:
+            return (z.conj() * (1 + 2j)).real.square().sum() if self.conjugate else z.abs().square().sum()
+
+    weight = torch.randn(4, dtype=torch.complex128, device=DEVICE, requires_grad=True)
+    model = MultiTaskModel(nn.Identity(), [Complex(True), Complex(False)], balancer)
+    model.backward(model(weight * 2))
+    rows = [torch.autograd.grad(Complex(c)(weight * 2), weight)[0] for c in (True, False)]
+    norms = [torch.view_as_real(row).norm() for row in rows]
+    share = [1.0, 1.0] if balancer is None else [norms[1] / sum(norms), norms[0] / sum(norms)]
+    assert_close(weight.grad, share[0] * rows[0] + share[1] * rows[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("balancer", [None, "imtl-g"])
+def test_a_sparse_gradient_from_a_head(balancer: str | None) -> None:
+    class LooksUp(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return functional.embedding(torch.tensor([0, 2], device=z.device), z, sparse=True).square().sum()
+
+    table = torch.randn(5, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    model = MultiTaskModel(nn.Identity(), [LooksUp(), LooksUp()], balancer)
+    model.backward(model(table * 1))
+    expected = torch.zeros_like(table)
+    expected[[0, 2]] = (4 if balancer is None else 2) * table.detach()[[0, 2]]
+    assert_close(table.grad, expected)
+
+
+def test_a_nested_representation_is_refused() -> None:
+    values = torch.randn(5, 3, requires_grad=True)
+    nested = torch.nested.nested_tensor_from_jagged(values * 1, torch.tensor([0, 2, 5]))
+    with pytest.raises(TypeError, match="expected strided tensors, found a nested one"):
+        fork(nested, IMTLG(), 2)
+
+
+def test_backward_on_the_meta_device() -> None:
+    model = MultiTaskModel(nn.Linear(2, 2), [nn.Linear(2, 1), nn.Linear(2, 1)]).to("meta")
+    sum(p.sum() for p in model(torch.empty(3, 2, device="meta"))).backward()
+    assert model.backbone.weight.grad.is_meta
+
+
+def test_a_weighing_of_the_wrong_kind_is_refused() -> None:
+    class Lists(GradientBalancer):
+        def weigh(self, gradients: TaskGradients) -> Tensor:
+            return [1.0] * gradients.num_tasks  # type: ignore[return-value]
+
+    model = make_model(Lists())
+    with pytest.raises(TypeError, match=r"Lists.weigh: expected to return a tensor of shape \[3\] or None, got list"):
+        model.backward(make_losses(model(make_input())))

@@ -3,10 +3,12 @@
 import copy
 import pickle
 from collections import OrderedDict, defaultdict, namedtuple
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from torch.testing import assert_close
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import mtlwrap
-from mtlwrap import IMTL, IMTLG, UW, EqualWeighting, MultiTaskModel, cached
+from mtlwrap import IMTL, IMTLG, UW, EqualWeighting, FixedWeights, MultiTaskModel, cached
 from tests.common import (
     BALANCERS,
     DEVICE,
@@ -432,7 +434,7 @@ def test_balancer_names_and_defaults() -> None:
     assert isinstance(make_model().balancer, EqualWeighting)
     assert isinstance(make_model("imtl").balancer, IMTL)
     assert isinstance(make_model("IMTL_G").balancer, IMTLG)
-    with pytest.raises(ValueError, match=r"no balancer is called 'pcgrad'; known are compose, equalweighting, .*, uw"):
+    with pytest.raises(ValueError, match=r"no balancer is called 'pcgrad'; known are equalweighting, .*, uw"):
         make_model("pcgrad")
     with pytest.raises(ValueError, match="FixedWeights needs options"):
         make_model("fixedweights")
@@ -538,3 +540,154 @@ def test_auxiliary_is_added_as_it_is() -> None:
 def test_public_names() -> None:
     for name in mtlwrap.__all__:
         assert getattr(mtlwrap, name).__doc__, name
+
+
+# --- representations that hold a tensor in two places -----------------------------------------------------------------
+
+
+class AttributeDict(dict):
+    """The common idiom: items are attributes too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
+
+
+@dataclass
+class Derived:
+    tokens: Tensor
+
+    def __post_init__(self) -> None:
+        self.pooled = 2 * self.tokens  # an attribute that is no field
+
+
+class Store(MutableMapping):
+    """A mapping whose shallow copy shares its items."""
+
+    def __init__(self, **items: Tensor) -> None:
+        self.inner = dict(items)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.inner[key]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        self.inner[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.inner[key]
+
+    def __iter__(self) -> Any:
+        return iter(self.inner)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+
+class Levels(list):
+    """A list with an attribute."""
+
+
+def make_levels(z: Tensor) -> Levels:
+    levels = Levels([z])
+    levels.top = z * 3
+    return levels
+
+
+TWO_PLACES = {
+    "attribute dict": (lambda z: AttributeDict(z=z), lambda r: r["z"], lambda r: r.z, 1),
+    "dataclass attribute": (Derived, lambda r: r.tokens, lambda r: r.pooled, 2),
+    "mapping with a dict inside": (lambda z: Store(z=z), lambda r: r["z"], lambda r: r.inner["z"], 1),
+    "list attribute": (make_levels, lambda r: r[0], lambda r: r.top, 3),
+}
+
+
+@pytest.mark.parametrize("kind", TWO_PLACES)
+def test_no_tensor_escapes_the_fork(kind: str) -> None:
+    make, first, second, factor = TWO_PLACES[kind]
+
+    class Backbone(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            self.out = make(x * 1)
+            return self.out
+
+    class Head(nn.Module):
+        def __init__(self, read: Any, scale: float) -> None:
+            super().__init__()
+            self.read, self.scale = read, scale
+
+        def forward(self, representation: Any) -> Tensor:
+            return self.scale * self.read(representation).square().sum()
+
+    backbone = Backbone()
+    model = MultiTaskModel(backbone, [Head(first, 1.0), Head(second, 5.0)], "imtl-g")
+    x = make_input().requires_grad_()
+    predictions = model(x)
+    kept = first(backbone.out)
+    model.backward(predictions)
+    # On what the two heads read, their gradients are 2 x and 5 * 2 factor x; two tasks in closed form.
+    norms = [2.0, 10.0 * factor]
+    weights = [norms[1] / sum(norms), norms[0] / sum(norms)]
+    assert_close(model.task_weights, torch.tensor(weights, dtype=torch.float64, device=DEVICE))
+    assert_close(x.grad, (weights[0] * 2 + weights[1] * 10 * factor**2) * x.detach())
+    assert kept is first(backbone.out)
+    assert first(backbone.out).grad_fn is not None
+
+
+# --- odd ways to make, move and record a model ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("balancer", [FixedWeights([1.0, 0.1]), UW(likelihood=["classification", "laplace"])])
+def test_options_of_a_balancer_survive_meta_and_half(balancer: Any) -> None:
+    model = MultiTaskModel(nn.Linear(2, 2), [nn.Linear(2, 1), nn.Linear(2, 1)], balancer)
+    good = copy.deepcopy(model).double().to(DEVICE)
+    moved = copy.deepcopy(model).half().to("meta").to_empty(device=DEVICE).double()
+    moved.load_state_dict(good.state_dict())
+    x = torch.randn(3, 2, dtype=torch.float64, device=DEVICE)
+    for each in (good, moved):
+        each.backward([p.square().mean() for p in each(x)])
+    assert_close(moved.task_weights, good.task_weights, rtol=0, atol=0)
+    assert good.task_weights.tolist() in ([1.0, 0.1], [1.0, 1.0])
+
+
+def test_a_balancer_put_in_later_knows_the_tasks() -> None:
+    model, x = make_model(), make_input()
+    model.balancer = UW()
+    model.balancer.to(DEVICE)
+    model.backward(make_losses(model(x)))
+    assert model.balancer.log_variance.grad.shape == (3,)
+    model.balancer = "imtl-g"
+    assert isinstance(model.balancer, IMTLG)
+    with pytest.raises(ValueError, match="was made for values of shape"):
+        model.balancer = UW(2)
+
+
+def test_numpy_integers_are_positions() -> None:
+    model, x = make_model(), make_input()
+    assert list(model(x, tasks=np.int64(1))) == ["b"]
+    assert_close(model[np.int64(1)](x), model(x)["b"], rtol=0, atol=0)
+    assert model.heads.items() == list(zip(model.heads.keys(), model.heads.values(), strict=True))
+
+
+def test_tracing() -> None:
+    model, x = make_model("imtl").eval(), make_input()
+    expected = model(x)
+    traced = torch.jit.trace(model, x, strict=False)(x)
+    assert_close({k: v.detach() for k, v in traced.items()}, {k: v.detach() for k, v in expected.items()})
+
+
+def test_export_with_a_batch_of_any_size() -> None:
+    model = make_model("imtl").eval()
+    program = torch.export.export(model["b"], (make_input(),), dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),))
+    assert_close(program.module()(make_input(rows=11)), model(make_input(rows=11))["b"].detach(), rtol=1e-12, atol=0)
+    assert not [node for node in program.graph.nodes if "clone" in str(node.target)]
+
+
+def test_loss_balancers_under_torch_func() -> None:
+    values = torch.tensor([2.0, 3.0], dtype=torch.float64, device=DEVICE)
+    balancer = UW(2).to(DEVICE).double()
+    parameters = dict(balancer.named_parameters())
+    gradient = torch.func.grad(lambda p: torch.func.functional_call(balancer, p, (values,)))(parameters)
+    assert_close(gradient["log_variance"], 0.5 * (1 - values))
+    assert_close(
+        torch.func.vmap(balancer)(torch.stack([values, 2 * values])), torch.stack([values.sum() / 2, values.sum()])
+    )

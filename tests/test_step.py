@@ -1,9 +1,11 @@
 """cached(): what lives in a step, who may ask, and that all of it is freed."""
 
+import asyncio
 import copy
 import gc
 import threading
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -261,3 +263,47 @@ def test_a_fork_alone_answers_too() -> None:
 
 def test_tasks_are_in_order() -> None:
     assert make_model().tasks == TASKS
+
+
+def test_interleaved_generators_do_not_end_each_others_step() -> None:
+    def run(seed: int) -> Iterator[object]:
+        model = make_model("imtl-g")
+        with cached():
+            model.backward(make_losses(model(make_input(seed))))
+            yield None
+            yield model.task_gradients.norms
+
+    first, second = run(1), run(2)
+    next(first)
+    next(second)
+    assert next(first).shape == (3,)
+    first.close()
+    assert next(second).shape == (3,)
+
+
+def test_a_task_of_asyncio_outlives_the_scope_it_was_started_in() -> None:
+    async def later() -> tuple[int, ...]:
+        await asyncio.sleep(0.01)
+        model = make_model("imtl-g")
+        with cached():
+            model.backward(make_losses(model(make_input())))
+            return tuple(model.task_gradients.norms.shape)
+
+    async def main() -> tuple[int, ...]:
+        with cached():
+            task = asyncio.create_task(later())
+        return await task
+
+    assert asyncio.run(main()) == (3,)
+
+
+def test_factors_of_the_loss_balancer_are_told() -> None:
+    model, x = make_model(BALANCERS["imtl"]()), make_input()
+    z, losses = unwrapped_losses(model, x)
+    norms = torch.stack([row[0].norm() for row in task_gradients(list(losses.values()), [z])])
+    with cached():
+        model.backward(make_losses(model(x)))
+        seen = model.task_gradients
+        factors = torch.tensor([0.25, -0.5, 0.125], dtype=torch.float64, device=z.device).exp()
+        assert_close(seen.loss_factors, factors, rtol=1e-12, atol=0)
+        assert_close(seen.norms / seen.loss_factors, norms, rtol=1e-11, atol=0)

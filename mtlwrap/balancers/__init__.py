@@ -26,7 +26,7 @@ __all__ = [
 _METHODS: dict[str, type[Balancer]] = {
     name.lower(): globals()[name]
     for name in __all__
-    if name not in ("Balancer", "GradientBalancer", "LossBalancer", "by_name")
+    if name not in ("Balancer", "Compose", "GradientBalancer", "LossBalancer", "by_name")
 }
 
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,9 @@ class Balancer(nn.Module, ABC):
 
     def reset(self) -> None:
         """Make the balancer as good as new; one without state has nothing to do."""
+
+    def constrain(self) -> None:
+        """Put learned parameters back to where they may be; called before each training step. Neutral: nothing."""
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """The scalar to call ``backward`` on. Neutral: the sum of the losses.
@@ -84,6 +88,8 @@ class LossBalancer(Balancer):
         if not isinstance(values, Tensor) or not values.is_floating_point():
             kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
             raise TypeError(f"{type(self).__name__}: expected a floating-point tensor of values, got {kind}.")
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transforming():
+            self.constrain()
         return self.scalarize(values)
 
 
@@ -114,6 +120,30 @@ class GradientBalancer(Balancer):
                 f"got a matrix of {gradients.num_tasks} rows."
             )
         return self.combine(gradients)
+
+
+def transforming() -> bool:
+    """Whether a transform of torch.func is running, under which nothing may be written in place."""
+    stack = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
+    return stack() is not None
+
+
+def constant(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """Options of a balancer as a tensor next to ``like``, in float32 or wider.
+
+    Not a buffer: ``half()`` would round it, and ``to_empty()`` would leave it without a value. It is copied to a
+    device once, for a copy in every step would synchronise with the host.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if torch.compiler.is_compiling() or transforming() or type(like) not in (Tensor, nn.Parameter):
+        return torch.tensor(values, dtype=dtype, device=like.device)
+    return _constant(values, dtype, like.device)
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not be used in training later
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def select(values: Tensor, tasks: Sequence[int] | None) -> Tensor:

@@ -58,6 +58,11 @@ class Compose(Balancer):
         self.loss.bind(num_tasks)
         self.gradient.bind(num_tasks)
 
+    def constrain(self) -> None:
+        """Constrain both parts."""
+        self.loss.constrain()
+        self.gradient.constrain()
+
     def reset(self) -> None:
         """Reset both parts."""
         self.loss.reset()
@@ -92,4 +97,4 @@ class Compose(Balancer):
         values = losses.detach().to(torch.promote_types(losses.dtype, torch.float32)).requires_grad_()
         with torch.enable_grad():
             (factors,) = torch.autograd.grad(self.loss(values), values)
-        return self.gradient.combine(TaskGradients(factors[:, None] * matrix, losses)).to(matrix.dtype)
+        return self.gradient.combine(TaskGradients((factors[:, None] * matrix).to(matrix.dtype), losses))

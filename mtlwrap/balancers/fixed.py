@@ -3,10 +3,9 @@
 import math
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
-from mtlwrap.balancers.base import LossBalancer, select
+from mtlwrap.balancers.base import LossBalancer, constant
 
 
 class FixedWeights(LossBalancer):
@@ -29,8 +28,6 @@ class FixedWeights(LossBalancer):
         tensor(4.)
     """
 
-    weights: Tensor
-
     def __init__(self, weights: Iterable[float]) -> None:
         super().__init__()
         if not isinstance(weights, Iterable) or (isinstance(weights, Tensor) and weights.dim() != 1):
@@ -44,16 +41,16 @@ class FixedWeights(LossBalancer):
         if not given:
             raise ValueError("weights: expected one number per task, got none.")
         self.num_tasks = len(given)
-        self.register_buffer("weights", torch.tensor(given, dtype=torch.get_default_dtype()), persistent=False)
+        self.weights = tuple(float(weight) for weight in given)
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:  # noqa: D102 - see the base
-        weights = select(self.weights, tasks)
+        weights = constant(self.weights if tasks is None else tuple(self.weights[task] for task in tasks), losses)
         if losses.shape != weights.shape:
             raise ValueError(
                 f"FixedWeights: expected values of shape {tuple(weights.shape)}, got {tuple(losses.shape)}."
             )
-        return (weights.to(losses.device) * losses).sum()
+        return (weights * losses).sum()
 
     def extra_repr(self) -> str:
         """The weights."""
-        return f"{self.weights.tolist()}"
+        return f"{list(self.weights)}"

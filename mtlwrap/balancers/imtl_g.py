@@ -67,10 +67,13 @@ class IMTLG(GradientBalancer):
     def weigh(self, gradients: TaskGradients) -> Tensor:  # noqa: D102 - see the base
         norms = gradients.norms
         usable = norms > 0
+        ridge = _ridge(gradients.precision)
         if self.nonneg:
-            w = min_norm_weights(gradients.cosines, usable)
+            # With the ridge, gradients that are parallel but for their rounding share a weight.
+            identity = torch.eye(gradients.num_tasks, dtype=norms.dtype, device=norms.device)
+            w = min_norm_weights(gradients.cosines + ridge * identity, usable)
         else:
-            w = _solution(gradients.cosines, usable, _ridge(gradients.precision))
+            w = _solution(gradients.cosines, usable, ridge)
         v = w * _relative_inverse(norms, usable)
         weights = v / self._divisor(v)
         if not (self.strict or self.nonneg):
@@ -88,8 +91,8 @@ class IMTLG(GradientBalancer):
 
 
 def _ridge(precision: torch.dtype) -> float:
-    """What is added to the cosines' diagonal: what rounding in the gradients does to the smallest eigenvalue."""
-    return {torch.float64: 1e-13, torch.float32: 1e-6}.get(precision, 1e-4)
+    """What is added to the cosines' diagonal: enough that rounding in the gradients tells no two tasks apart."""
+    return {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 3e-3}.get(precision, 1e-2)
 
 
 def _relative_inverse(norms: Tensor, usable: Tensor) -> Tensor:

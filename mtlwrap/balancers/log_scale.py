@@ -51,6 +51,14 @@ class LogScaleBalancer(LossBalancer):
             )
         super().bind(num_tasks)
 
+    def constrain(self) -> None:
+        """Put log-scales that an optimizer has taken beyond the bound back onto it."""
+        parameter = self._parameters[self._parameter]
+        if parameter is not None:
+            # Through .data: no formula keeps the parameter itself for its backward, so another total that waits for
+            # its own backward need not, and shall not, take this for a change of its inputs.
+            parameter.data.clamp_(-self.bound, self.bound)
+
     def reset(self) -> None:
         """Set every log-scale to its initial value. An optimizer's memory of it is the optimizer's to clear."""
         parameter = self._parameters[self._parameter]
@@ -78,13 +86,7 @@ class LogScaleBalancer(LossBalancer):
                 f"{type(self).__name__} was made without a shape. Give it one, {type(self).__name__}(shape), or hand "
                 "it to a MultiTaskModel, which tells it the number of tasks."
             )
-        if torch.is_grad_enabled():
-            # Through .data: no formula keeps the parameter itself for its backward, so another total that waits for
-            # its own backward need not, and shall not, take this for a change of its inputs.
-            parameter.data.clamp_(-self.bound, self.bound)
-            chosen = select(cast("Tensor", _Inward.apply(parameter, self.bound)), tasks)
-        else:
-            chosen = select(parameter.clamp(-self.bound, self.bound), tasks)
+        chosen = select(cast("Tensor", _Inward.apply(parameter, self.bound)[0]), tasks)
         if losses.shape != chosen.shape:
             raise ValueError(
                 f"{type(self).__name__}: expected values of shape {tuple(chosen.shape)}, got {tuple(losses.shape)}."
@@ -109,19 +111,30 @@ class LogScaleBalancer(LossBalancer):
 
 
 class _Inward(torch.autograd.Function):
-    """The same values; at a bound, only a gradient passes whose descent step leads back inside."""
+    """Clamp; at a bound, only a gradient passes whose descent step leads back inside.
+
+    Nor does one that is not finite: the mean over an empty selection is NaN, and one such loss would make the
+    log-scale NaN for good, where the network's own parameters get a gradient of zero from it.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, bound: float) -> Tensor:
-        ctx.save_for_backward(values >= bound, values <= -bound)
-        return values.clone()
+    def forward(values: Tensor, bound: float) -> tuple[Tensor, Tensor, Tensor]:
+        return values.clamp(-bound, bound), values >= bound, values <= -bound
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        # Masks and not the values: the parameter itself may be projected before the backward.
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         upper, lower = ctx.saved_tensors
-        (gradient,) = gradients
+        gradient = gradients[0]
         outward = (upper & (gradient < 0)) | (lower & (gradient > 0))
-        return torch.where(outward, 0.0, gradient), None
+        return torch.where(outward | ~gradient.isfinite(), 0.0, gradient), None
 
 
 def _checked_shape(shape: int | Sequence[int] | None) -> tuple[int, ...] | None:

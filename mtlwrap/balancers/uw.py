@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mtlwrap.balancers.base import select
+from mtlwrap.balancers.base import constant
 from mtlwrap.balancers.log_scale import LogScaleBalancer
 
 # likelihood: the factor before the loss, and before the log-variance
@@ -57,8 +57,6 @@ class UW(LogScaleBalancer):
 
     log_variance: nn.Parameter
     _parameter = "log_variance"
-    _loss_factor: Tensor
-    _penalty_factor: Tensor
 
     def __init__(
         self,
@@ -77,19 +75,19 @@ class UW(LogScaleBalancer):
         if per_task and self.shape != (len(kinds),):
             raise ValueError(f"likelihood: expected one, or one per value for shape {self.shape}, got {len(kinds)}.")
         self.likelihood = likelihood
-        factors = torch.tensor([_FACTORS[kind] for kind in kinds], dtype=torch.get_default_dtype())
-        factors = factors if per_task else factors[0]
-        # Options, not state: kept out of the state_dict.
-        self.register_buffer("_loss_factor", factors[..., 0].clone(), persistent=False)
-        self.register_buffer("_penalty_factor", factors[..., 1].clone(), persistent=False)
+        self._factors = [_FACTORS[kind] for kind in kinds]
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:  # noqa: D102 - see the base
         scales = self.log_scales(losses, tasks)
-        loss_factor, penalty_factor = (
-            (factor if factor.dim() == 0 else select(factor, tasks)).to(losses.device)
-            for factor in (self._loss_factor, self._penalty_factor)
-        )
+        loss_factor, penalty_factor = self._factors_of(losses, tasks)
         return (loss_factor * torch.exp(-scales) * losses + penalty_factor * scales).sum()
+
+    def _factors_of(self, losses: Tensor, tasks: Sequence[int] | None) -> tuple[Tensor | float, Tensor | float]:
+        if len(self._factors) == 1:
+            return self._factors[0]
+        chosen = self._factors if tasks is None else [self._factors[task] for task in tasks]
+        loss_factors, penalty_factors = zip(*chosen, strict=True)
+        return constant(loss_factors, losses), constant(penalty_factors, losses)
 
     def extra_repr(self) -> str:
         """Shape, likelihood and bound."""

@@ -235,7 +235,7 @@ def test_weights_do_not_depend_on_a_common_scale(mode, factor):
 @pytest.mark.parametrize("factor", [1e-4, 0.5, 3.0, 1e4])
 @pytest.mark.parametrize("mode", SAFE)
 def test_direction_does_not_depend_on_the_scale_of_one_loss_nor_does_its_sign(mode, factor):
-    for seed in range(30):
+    for seed in range(15):
         gen = zoo.generator(seed)
         tasks = 2 + seed % 5
         matrix = zoo.log_normal(zoo.normal(tasks, tasks + seed % 3, gen=gen), gen)
@@ -496,7 +496,7 @@ def test_properties_on_any_matrix(rows, mode):
 
 def test_nonneg_equals_the_default_wherever_no_weight_is_negative():
     compared = 0
-    for seed in range(120):
+    for seed in range(80):
         gen = zoo.generator(seed)
         tasks = 2 + seed % 7
         rows = zoo.normal(tasks, 3 * tasks, gen=gen) if seed % 2 else zoo.one_factor(tasks, 50, gen)
@@ -505,7 +505,7 @@ def test_nonneg_equals_the_default_wherever_no_weight_is_negative():
         if (plain >= 0).all() and (plain > 0).any():
             compared += 1
             torch.testing.assert_close(weights_of(matrix, nonneg=True), plain, rtol=1e-8, atol=1e-10)
-    assert compared >= 50
+    assert compared >= 35
 
 
 SIZES = [(2, 5), (3, 3), (4, 2), (5, 5), (6, 3), (8, 4), (8, 8), (10, 6), (10, 10)]
@@ -515,7 +515,7 @@ SIZES = [(2, 5), (3, 3), (4, 2), (5, 5), (6, 3), (8, 4), (8, 8), (10, 6), (10, 1
 @pytest.mark.parametrize(("tasks", "size"), SIZES)
 def test_nonneg_is_the_shortest_vector_of_the_convex_hull(tasks, size, dtype, atol):
     # |x|^2 is right to the regularisation, so x is right to its square root, at worst.
-    for seed in range(8):
+    for seed in range(6):
         gen = zoo.generator(1000 * tasks + 10 * size + seed)
         matrix = rounded(zoo.log_normal(zoo.normal(tasks, size, gen=gen), gen), dtype)
         weights = weights_of(matrix, dtype, nonneg=True)
@@ -557,13 +557,13 @@ KINDS = [
 
 
 @pytest.mark.parametrize("size", [5, 12, 500])
-@pytest.mark.parametrize("tasks", [10, 16, 24, 64])
+@pytest.mark.parametrize("tasks", [10, 24, 64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nonneg_solver_has_converged(kind, tasks, size):
     """The duality gap certifies the answer for as many tasks as one likes."""
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         gaps = []
-        for seed in range(6 if tasks < 64 else 2):
+        for seed in range(5 if tasks < 64 else 2):
             matrix = rounded(_clustered(kind, tasks, size, seed), dtype)
             gaps.append(zoo.hull_gap(weights_of(matrix, dtype, nonneg=True), matrix))
         assert max(gaps) <= tolerance, f"{sum(g > tolerance for g in gaps)} of {len(gaps)} draws: {max(gaps):.1e}"
@@ -586,7 +586,7 @@ def test_nonneg_projections_are_equal_with_a_weight_and_larger_without(tasks):
 @pytest.mark.parametrize(("tasks", "size"), [(5, 2), (6, 3), (8, 4), (12, 5), (16, 8), (24, 12)])
 def test_nonneg_gives_no_gradient_at_pareto_stationarity(tasks, size):
     # The last gradient is minus a positive combination of the others, so the hull contains zero.
-    for seed in range(20):
+    for seed in range(12):
         gen = zoo.generator(seed)
         rows = zoo.normal(tasks - 1, size, gen=gen)
         rows = torch.cat([rows, -zoo.uniform(1, tasks - 1, gen=gen, low=0.2) @ rows])
@@ -599,7 +599,7 @@ def test_nonneg_gives_no_gradient_at_pareto_stationarity(tasks, size):
 
 @pytest.mark.parametrize("tasks", [3, 5, 10])
 def test_nonneg_is_never_uphill_for_any_task(tasks):
-    for seed in range(60):
+    for seed in range(30):
         gen = zoo.generator(seed)
         matrix = zoo.log_normal(zoo.normal(tasks, 1 + seed % (2 * tasks), gen=gen), gen, sigma=2.0).float()
         weights = weights_of(matrix, torch.float32, nonneg=True)

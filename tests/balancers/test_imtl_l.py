@@ -283,14 +283,14 @@ def _steps(balancer: IMTLL, optimizer: torch.optim.Optimizer, count: int, *losse
 
 def test_a_loss_of_zero_stays_finite_and_finds_its_way_back_with_adam():
     balancer = IMTLL(2).to(DEVICE)
-    optimizer = torch.optim.Adam(balancer.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(balancer.parameters(), lr=0.05, foreach=False)
     _steps(balancer, optimizer, 10_000, 0.0, 2.0)
     stuck, other = balancer.log_scale.tolist()
     assert 20.0 <= stuck <= 21.0  # at the bound, and not far beyond
     assert other == pytest.approx(-math.log(2.0), abs=1e-3)
     assert balancer(torch.tensor([0.0, 2.0], device=DEVICE)).isfinite()
     # The first gradient after that, of e^20 / 2, stays in Adam's memory for long: the way back is slow, but taken.
-    _steps(balancer, optimizer, 1000, 0.5, 2.0)
+    _steps(balancer, optimizer, 500, 0.5, 2.0)
     assert 0.0 < balancer.log_scale[0].item() < 14.0
 
 
