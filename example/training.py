@@ -129,8 +129,8 @@ def fit(name: str, training: Flights, validation: Flights, *, epochs: int, batch
     timer, seconds = Timer(), list[float]()
     timer.attach(trainer, start=Events.ITERATION_STARTED, pause=Events.ITERATION_COMPLETED)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: seconds.append(timer.value()))
-    # Drawing the bar in every step would take longer than the step.
-    ProgressBar(desc=name).attach(trainer, list(TASKS), event_name=Events.ITERATION_COMPLETED(every=10))
+    # Drawing the bar in every step would take longer than the step; disable=None: none where there is no terminal.
+    ProgressBar(desc=name, disable=None).attach(trainer, list(TASKS), event_name=Events.ITERATION_COMPLETED(every=10))
 
     @trainer.on(Events.EPOCH_COMPLETED)
     def validate(engine: Engine) -> None:

@@ -41,8 +41,8 @@ class IMTLG(GradientBalancer):
     Args:
         nonneg: take the shortest vector in the *convex* hull of the unit gradients: no weight is negative,
             they sum to 1, and the projections are equal among the tasks with a weight and larger on the others. The
-            same as without wherever no weight is negative; it costs 30 rounds of a solver for the T x T system, a few
-            milliseconds on a CPU.
+            same as without wherever no weight is negative; it runs 30 rounds of a solver for the T x T system, which
+            costs several milliseconds on a CPU.
         strict: the paper to the letter, :math:`\alpha = v / \sum v`, ascent and explosion included.
 
     Raises:
