@@ -1,6 +1,7 @@
 """torch.compile with inductor, of the whole model or of its parts: the same training as eager."""
 
 import copy
+import shutil
 from typing import Any
 
 import pytest
@@ -10,6 +11,10 @@ from torch.testing import assert_close
 
 from mtlwrap import IMTL, IMTLG, UW, Compose, MultiTaskModel, cached
 from tests.common import DEVICE, make_backbone, make_heads, make_input, make_losses
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler"
+)
 
 BALANCERS = {
     "imtl": lambda: IMTL(init=[0.25, -0.5, 0.125]),

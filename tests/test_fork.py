@@ -3,8 +3,10 @@
 import copy
 import gc
 import math
+import pickle
 import threading
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -356,16 +358,21 @@ def test_the_model_holds_no_graph() -> None:
     assert held() is None
 
 
+def pickled(model: MultiTaskModel) -> MultiTaskModel:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 @pytest.mark.parametrize("when", ["before", "forward", "scalarize", "after"])
-def test_deepcopy_between_the_parts_of_a_step(when: str) -> None:
+def test_copies_between_the_parts_of_a_step(when: str, duplicate: Callable[[MultiTaskModel], MultiTaskModel]) -> None:
     model, x = make_model("imtl"), make_input()
-    copies = {"before": copy.deepcopy(model)}
+    copies = {"before": duplicate(model)}
     losses = make_losses(model(x))
-    copies["forward"] = copy.deepcopy(model)
+    copies["forward"] = duplicate(model)
     total = model.scalarize(losses)
-    copies["scalarize"] = copy.deepcopy(model)
+    copies["scalarize"] = duplicate(model)
     total.backward()
-    copies["after"] = copy.deepcopy(model)
+    copies["after"] = duplicate(model)
     copied = copies[when]
     copied.zero_grad()
     copied.backward(make_losses(copied(x)))

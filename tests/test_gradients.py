@@ -156,6 +156,16 @@ def test_without_columns(dtype):
     assert gradients.weighted_sum(on_device(torch.ones(2))).shape == (0,)
 
 
+def test_loss_factors():
+    rows = list(on_device(asymmetric(2, 3)))
+    assert TaskGradients(torch.stack(rows)).loss_factors.tolist() == [1.0, 1.0]
+    factors = on_device(torch.tensor([2.0, 0.25]))
+    assert TaskGradients.from_parts([rows], [True, True], loss_factors=factors).loss_factors.tolist() == [2.0, 0.25]
+    # They describe the gradients, and change none of the answers.
+    gradients = TaskGradients.from_parts([rows], [True, True], loss_factors=factors)
+    check(gradients, gramian([rows]))
+
+
 def test_losses():
     matrix = on_device(asymmetric(2, 3))
     losses = on_device(torch.tensor([0.5, 7.0])).requires_grad_()
@@ -323,6 +333,24 @@ def test_complex_gradients_are_pairs_of_numbers(dtype, real):
     torch.testing.assert_close(back, combined)
 
 
+def test_conjugated_gradients():
+    a, b = on_device(torch.tensor([[1 + 2j, 3 - 1j], [0.5j, -2 + 1j]]))
+    gradients = TaskGradients.from_parts([[a.conj(), b]], [True, True])
+    assert gradients.matrix.tolist() == [[1.0, -2.0, 3.0, 1.0], [0.0, 0.5, -2.0, 1.0]]
+    assert gradients.gramian.tolist() == [[15.0, -6.0], [-6.0, 5.25]]
+    (combined,) = gradients.scaled_sum(on_device(torch.tensor([1.0, 2.0])))
+    assert combined.tolist() == [1 - 1j, -1 + 3j]
+
+
+def test_sparse_gradients():
+    dense = on_device(torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, -3.0]]))
+    other = on_device(torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 1.0]]))
+    gradients = TaskGradients.from_parts([[dense.to_sparse(), other]], [True, True])
+    assert gradients.gramian.tolist() == [[13.0, -1.0], [-1.0, 4.0]]
+    (combined,) = gradients.scaled_sum(on_device(torch.tensor([1.0, 2.0])))
+    assert torch.equal(combined, dense + 2 * other)
+
+
 def test_complex_parts_with_a_missing_gradient_and_beside_real_ones():
     a = on_device(torch.tensor([1 + 2j, 3 - 1j]))
     b = on_device(torch.tensor([0.5, 4.0, -1.0]))
@@ -485,7 +513,7 @@ def test_a_derivative_of_the_weighted_sum():
 def test_computed_when_first_asked_for_and_once():
     matrix = on_device(asymmetric(3, 5))
     gradients = TaskGradients(matrix, on_device(torch.ones(3)))
-    for name in ("active", "losses", "gramian", "norms", "cosines", "finite", "matrix"):
+    for name in ("active", "losses", "loss_factors", "gramian", "norms", "cosines", "finite", "matrix"):
         assert getattr(gradients, name) is getattr(gradients, name)
     matrix.mul_(2.0)
     for name in ("gramian", "norms", "cosines", "finite"):  # all follow from what was computed once
@@ -509,7 +537,7 @@ def test_one_inner_product_serves_all_statistics():
 def test_no_graph():
     matrix = on_device(asymmetric(3, 5)).requires_grad_()
     gradients = TaskGradients(matrix * 2, on_device(torch.ones(3)).requires_grad_())
-    for name in ("active", "losses", "gramian", "norms", "cosines", "finite", "matrix"):
+    for name in ("active", "losses", "loss_factors", "gramian", "norms", "cosines", "finite", "matrix"):
         assert not getattr(gradients, name).requires_grad
 
 
@@ -542,7 +570,9 @@ def test_autocast_around_it_does_not_matter(autocast, dtype):
         assert torch.equal(gradients.weighted_sum(weights), expected)
 
 
-@pytest.mark.parametrize("name", ["active", "losses", "gramian", "norms", "cosines", "finite", "matrix"])
+@pytest.mark.parametrize(
+    "name", ["active", "losses", "loss_factors", "gramian", "norms", "cosines", "finite", "matrix"]
+)
 @pytest.mark.parametrize("asked_before", [False, True])
 def test_released(name, asked_before):
     gradients = TaskGradients(on_device(asymmetric(2, 3)), on_device(torch.ones(2)))

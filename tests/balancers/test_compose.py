@@ -116,6 +116,10 @@ def test_a_combination_that_is_no_weighting():
     assert Largest()(matrix).tolist() == [-3.0, -5.0, 2.5]
     assert Compose(gradient=Largest())(losses, matrix).tolist() == [-3.0, -5.0, 2.5]
     assert Compose(FixedWeights([4.0, 1.0]), Largest()).to(DEVICE)(losses, matrix).tolist() == [4.0, -20.0, 8.0]
+    composed = Compose(gradient=Largest())
+    gradients = TaskGradients(matrix)
+    assert composed.weigh(gradients) is None
+    assert composed.combine(gradients).tolist() == [-3.0, -5.0, 2.5]
     with pytest.raises(TypeError, match=r"Shy\.weigh returned None, so the class must override combine"):
         Compose(gradient=Shy())(losses, matrix)
 

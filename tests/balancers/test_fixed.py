@@ -28,8 +28,7 @@ def test_is_the_dot_product():
         weights, losses = zoo.uniform(count, gen=gen, high=3.0), zoo.normal(count, gen=gen)
         expected = sum(w * x for w, x in zip(weights.tolist(), losses.tolist(), strict=True))
         total = FixedWeights(weights.tolist()).to(device=DEVICE, dtype=torch.float64)(losses.to(DEVICE))
-        # The weights were rounded to the default type when the balancer was made.
-        assert total.item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        assert total.item() == pytest.approx(expected, rel=1e-13, abs=1e-14)
 
 
 @pytest.mark.parametrize("given", [[1, 2.5], (1, 2.5), torch.tensor([1.0, 2.5]), iter([1, 2.5])])

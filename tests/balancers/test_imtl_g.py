@@ -400,6 +400,16 @@ def test_opposed_gradients_give_no_shared_gradient(mode, name, dtype):
     torch.testing.assert_close(result, torch.zeros(3, dtype=torch.float64), rtol=0, atol=atol)
 
 
+def test_strict_has_weights_also_where_no_direction_is_impartial():
+    # Two tasks' closed form does not depend on the angle; any weights of the paper sum to 1.
+    weights = weights_of(zoo.AWKWARD["opposed 1, 2"](), torch.float32, strict=True)
+    torch.testing.assert_close(weights, torch.tensor([2.0, 1.0]).double() / 3, rtol=1e-6, atol=0)
+    for name in ("more tasks than dimensions", "rank 2 of 4"):
+        weights = weights_of(zoo.AWKWARD[name](), torch.float32, strict=True)
+        assert (weights != 0).all()
+        assert weights.sum().item() == pytest.approx(1.0, abs=1e-9)
+
+
 def test_opposed_gradients_in_the_convex_hull():
     weights = weights_of(zoo.AWKWARD["opposed 1, 2"](), nonneg=True)
     torch.testing.assert_close(weights, torch.tensor([2.0, 1.0]).double() / 3, rtol=1e-9, atol=0)

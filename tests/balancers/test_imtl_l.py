@@ -335,6 +335,26 @@ def test_a_step_beyond_the_bound_is_taken_back_when_training_goes_on():
     assert balancer.log_scale is parameter
 
 
+def test_in_evaluation_nothing_is_put_back():
+    balancer = balancer_at(doubles(1e6, -1e6), bound=3.0).eval()
+    seen = balancer(doubles(0.5, 2.0))
+    assert balancer.log_scale.tolist() == [1e6, -1e6]
+    assert torch.equal(balancer.train()(doubles(0.5, 2.0)), seen)
+    assert balancer.log_scale.tolist() == [3.0, -3.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_teaches_nothing(bad):
+    balancer = balancer_at(doubles(0.5, -0.25))
+    twin = copy.deepcopy(balancer)
+    total = balancer(doubles(bad, 3.0))
+    assert not total.isfinite()  # it is not hidden
+    total.backward()
+    twin(doubles(1.0, 3.0)).backward()
+    assert balancer.log_scale.grad[0] == 0
+    assert balancer.log_scale.grad[1] == twin.log_scale.grad[1]
+
+
 def test_two_totals_may_wait_for_their_backward():
     values = doubles(1e6, 0.25, -1e6)
     together, apart = balancer_at(values, bound=3.0), balancer_at(values, bound=3.0)
