@@ -1,11 +1,13 @@
 """What a gradient balancer sees of a step: one gradient per task, and what follows from them."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from mtlwrap.surroundings import without_autocast
 
 # Columns of the gradient matrix that are handled at once: small enough to stay in a processor's cache.
 _BLOCK = 1 << 15
@@ -334,13 +336,6 @@ def _plain(gradient: Tensor | None) -> Tensor | None:
     if gradient is None:
         return None
     return (gradient if gradient.layout == torch.strided else gradient.to_dense()).resolve_conj()
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast must not take a decision down to half precision; some devices, such as meta, have no autocast."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 @contextmanager

@@ -8,27 +8,29 @@ notes each loss's factor; the heads run; the fork, once every head has sent its 
 balances. A fork that finds none is a plain sum: in a backward pass that did not come through ``scalarize`` the
 wrapper is not there.
 
-Nothing outside this file knows autograd's internals. The two names of torch used here that are not public,
-``torch._lazy_clone`` and the graph task's id, each have a fall-back.
+Nothing outside this file knows autograd's internals. The names of torch used here that are not public each have a
+fall-back.
 """
 
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from mtlwrap.balancers.base import Balancer, transforming
-from mtlwrap.gradients import TaskGradients, without_autocast
+from mtlwrap.balancers.base import Balancer
+from mtlwrap.gradients import TaskGradients
 from mtlwrap.losses import Losses, checked_auxiliary, collect
-from mtlwrap.opaque import opaque
 from mtlwrap.step import Scope, current_scope
 from mtlwrap.structure import differentiable_tensors, replace_tensors
+from mtlwrap.surroundings import opaque, transforming, without_autocast
 
 _lazy_clone = getattr(torch, "_lazy_clone", None)
+_without_subclass = getattr(torch._C, "DisableTorchFunctionSubclass", nullcontext)
 
 
 def _unknown_graph_task() -> int:
@@ -280,6 +282,7 @@ class Junction:
         self.report = Report()
         # The last forward under gradients: True if it forked, False if its representation needed no gradient.
         self._forked: bool | None = None
+        self._device = torch.device("cpu")
         self._alive: list[weakref.ref[_ForkState]] = []
         self._prune_at = 32
         self._lock = threading.Lock()
@@ -308,6 +311,7 @@ class Junction:
                 "the backbone and rebuild it in the heads."
             )
         forked = [t for t in tensors if t.requires_grad] if torch.is_grad_enabled() else []
+        self._device = tensors[0].device
         aliases = self._through_node(forked, balancer, tuple(tasks))
         if torch.is_grad_enabled():
             self._forked = bool(forked)
@@ -346,11 +350,11 @@ class Junction:
             )
         tasks = None if all(taking_part) else [t for t, present in enumerate(taking_part) if present]
         if not tracking:
-            total = balancer.scalarize(_vector(chosen), tasks) if chosen else torch.zeros(())
+            total = balancer.scalarize(_vector(chosen), tasks) if chosen else torch.zeros((), device=self._device)
             return total if auxiliary is None else total + auxiliary
         if not chosen:  # a batch without a label: backward works and does nothing
-            total = torch.zeros((), requires_grad=True)
-            return total if auxiliary is None else total.to(auxiliary.device) + auxiliary
+            total = torch.zeros((), device=self._device, requires_grad=True)
+            return total if auxiliary is None else total + auxiliary
         forks = self._forks_of(losses, taking_part)
         if auxiliary is not None:
             self._check_auxiliary(auxiliary, forks)
@@ -579,7 +583,7 @@ def alias(tensor: Tensor) -> Tensor:
             pass
         else:
             return aliased
-    with torch._C.DisableTorchFunctionSubclass():  # a subclass would be re-made as a view of the copy
+    with _without_subclass():  # a subclass would be re-made as a view of the copy
         return tensor.clone()
 
 

@@ -7,7 +7,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from mtlwrap.balancers import Balancer, GradientBalancer
-from mtlwrap.opaque import opaque
+from mtlwrap.surroundings import opaque
 
 # Backward passes after which something must have moved.
 _PATIENCE = 100

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlwrap.gradients import TaskGradients
+from mtlwrap.surroundings import transforming
 
 
 class Balancer(nn.Module, ABC):
@@ -120,12 +121,6 @@ class GradientBalancer(Balancer):
                 f"got a matrix of {gradients.num_tasks} rows."
             )
         return self.combine(gradients)
-
-
-def transforming() -> bool:
-    """Whether a transform of torch.func is running, under which nothing may be written in place."""
-    stack = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
-    return stack() is not None
 
 
 def constant(values: tuple[float, ...], like: Tensor) -> Tensor:
