@@ -288,6 +288,8 @@ class Junction:
         self._lock = threading.Lock()
         # Tasks whose loss was seen to read no head but its own.
         self._trusted: set[int] = set()
+        # Tasks whose head was seen to detach the representation, next to others that do not.
+        self._detached: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         # Forks belong to graphs, and a copy of a model has none yet.
@@ -401,7 +403,8 @@ class Junction:
                 )
         reached = {task: frozenset(walk.reached) for task, walk in walks.items() if walk.reached}
         if not reached:
-            if self._forked is False:  # a frozen backbone: nothing to balance, the losses still are
+            # A frozen backbone, or only heads that detach: nothing to balance, the losses still are.
+            if self._forked is False or self._detached.issuperset(walks):
                 return []
             raise ValueError(
                 "No loss depends on a representation of this model: scalarize and backward need losses computed from "
@@ -409,6 +412,7 @@ class Junction:
                 + ("There was no such forward yet." if self._forked is None else "Were all predictions detached?")
                 + " (A forward inside torch.no_grad, inference_mode or a reentrant checkpoint does not count.)"
             )
+        self._detached.update(walks.keys() - reached.keys())
         first_task, first = next(iter(reached.items()))
         for task, forks in reached.items():
             if forks != first:

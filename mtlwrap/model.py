@@ -238,7 +238,9 @@ class MultiTaskModel(nn.Module):
         made.bind(len(self.heads))
         # It comes to where the model already is; a later model.to(...) moves both.
         example = next(self.backbone.parameters(), None)
-        return made if example is None else made.to(example.device)
+        if example is not None and any(p.device != example.device for p in made.parameters()):
+            made.to(example.device)
+        return made
 
     def _positions(self, tasks: int | str | Iterable[int | str] | None) -> list[int]:
         if tasks is None:

@@ -350,3 +350,21 @@ def test_auxiliary_from_another_forward_is_added_as_it_is() -> None:
     (reference(y)["a"] - 1).square().mean().backward()
     model.backward(make_losses(model(x)), auxiliary=(model(y)["a"] - 1).square().mean())
     assert_close(grads(list(model.parameters())), grads(list(reference.parameters())), rtol=1e-12, atol=1e-14)
+
+
+def test_a_head_that_detaches_may_be_the_only_one_with_a_label() -> None:
+    class Probe(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 1)
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.linear(z.detach())
+
+    model = MultiTaskModel(make_backbone(), {"task": nn.Linear(8, 1), "probe": Probe()}, "imtl-g").to(DEVICE).double()
+    x = make_input()
+    model.backward({task: p.square().mean() for task, p in model(x).items()})
+    before = grads(list(model.shared_parameters()))
+    model.backward({"probe": model(x)["probe"].square().mean()})
+    assert_close(grads(list(model.shared_parameters())), before, rtol=0, atol=0)
+    assert model.heads["probe"].linear.weight.grad is not None
