@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 # Interior-point rounds, and what each leaves of the gap: it ends below 1e-12, degenerate cases included.
-_ROUNDS = 30
+_ROUNDS = 24
 _CENTERING = 0.1
 _STEP = 0.99
 # Keeps the factorisation sound when vectors coincide; it only bends the path, not where it ends.

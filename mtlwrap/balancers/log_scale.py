@@ -17,7 +17,9 @@ class LogScaleBalancer(LossBalancer):
     The number is learned by the user's optimizer: put ``model.balancer_parameters()`` into it, without weight decay,
     which would pull the scales to 1. It is put back into ``[-bound, bound]`` whenever it is used in training, so it
     neither runs away (a loss of exactly zero would take it to infinity) nor sticks beyond the bound, as a number that
-    is only clamped on the way into the formula does. At a bound, a gradient that leads outside is zero.
+    is only clamped on the way into the formula does. At a bound, a gradient that leads outside is zero. A loss that was
+    zero for long and comes back is met with the factor of the bound at first, and Adam remembers that gradient for
+    thousands of steps: where that can happen, choose a smaller bound.
 
     Derived classes name the parameter in ``_parameter``.
     """

@@ -685,3 +685,13 @@ def test_the_input_is_left_alone(mode):
     before = matrix.clone()
     IMTLG(**MODES[mode])(matrix)
     assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_two_nearly_opposed_gradients_still_have_the_closed_form(dtype):
+    # Two degrees from opposite there is an impartial direction, weighed as at every other angle: (n2, n1) / (n1 + n2).
+    angle = math.radians(178)
+    matrix = torch.tensor([[1.0, 0.0], [2 * math.cos(angle), 2 * math.sin(angle)]], dtype=torch.float64)
+    norms = rounded(matrix, dtype).double().norm(dim=1)
+    expected = norms.flip(0) / norms.sum()
+    torch.testing.assert_close(weights_of(matrix, dtype), expected, rtol=1e-6, atol=0)
