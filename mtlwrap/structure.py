@@ -73,7 +73,7 @@ def _replace(value: Any, substitute: Callable[[Tensor], Tensor], where: str) -> 
 
 def _replace_sequence(value: Any, substitute: Callable[[Tensor], Tensor], where: str) -> Any:
     items = [_replace(item, substitute, f"{where}[{i}]") for i, item in enumerate(value)]
-    if type(value) in (list, tuple) or isinstance(value, tuple):
+    if type(value) is list or isinstance(value, tuple):
         return type(value)(items)
     rebuilt = copy.copy(value)
     _replace_attributes(rebuilt, substitute, where)

@@ -26,6 +26,7 @@ HALF = 1 / math.sqrt(2)
         ([[1, 0], [0, 1], [HALF, HALF]], [True, True, True], [0.5, 0.5, 0.0]),
         ([[1, 0], [0, 1], [HALF, HALF]], [True, False, True], [0.5, 0.0, 0.5]),
         ([[1, 0], [-1, 0], [0, 1]], [True, False, True], [0.5, 0.0, 0.5]),
+        ([[1, 0], [0, 1], [-4, 0]], [True, True, False], [0.5, 0.5, 0.0]),
         ([[1, 0], [0, 1]], [False, True], [0.0, 1.0]),
         ([[1, 0], [0, 1]], [False, False], [0.0, 0.0]),
         ([[1, 0]], [True], [1.0]),
@@ -33,7 +34,9 @@ HALF = 1 / math.sqrt(2)
     ],
 )
 def test_hand_worked_hulls(rows: list[list[float]], usable: list[bool], expected: list[float]) -> None:
-    assert_close(weights_of(rows, usable), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
+    weights = weights_of(rows, usable)
+    assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert (weights[~torch.tensor(usable)] == 0).all()
 
 
 def test_a_vector_that_is_not_finite_and_takes_no_part_has_no_say() -> None:
