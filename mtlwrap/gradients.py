@@ -1,5 +1,6 @@
 """What a gradient balancer sees of a step: one gradient per task, and what follows from them."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -54,6 +55,7 @@ class TaskGradients:
         if losses is not None and losses.shape != matrix.shape[:1]:
             raise ValueError(f"losses: expected the shape [{matrix.shape[0]}], got {tuple(losses.shape)}.")
         self._fill([list(matrix.unbind())], [True] * matrix.shape[0], losses, None)
+        self._has_batch = False
 
     @classmethod
     def from_parts(
@@ -96,6 +98,7 @@ class TaskGradients:
         self._losses = losses
         self._scale = scale
         self._loss_factors: Tensor | None = None
+        self._has_batch = True
         self._released = False
 
     def __repr__(self) -> str:
@@ -181,6 +184,38 @@ class TaskGradients:
         """
         with _plain_arithmetic(self._checked()):
             return self._unscaled(torch.stack([self._row(task) for task in range(self.num_tasks)]))
+
+    def batch_sums(self, feature_dim: int | None = None, rows: slice = slice(None)) -> Tensor:
+        """The gradients summed over the batch, ``[T, features]``, in float32 or wider.
+
+        These are the gradients with respect to an offset that is added to the representation of every sample, whose
+        number does not depend on the size of the batch. Rows of a matrix are taken as they are.
+
+        Args:
+            feature_dim: the one dimension that is left when all others are summed; None leaves all but the first.
+                Several tensors in the representation come one after the other.
+            rows: only these tasks.
+
+        Raises:
+            ValueError: the representation has no such dimension.
+        """
+        kept = feature_dim if self._has_batch else 0
+        with _plain_arithmetic(self._checked()):
+            wide = torch.promote_types(self.precision, torch.float32)
+            sums = self._like.new_zeros(len(range(self.num_tasks)[rows]), self.num_features(feature_dim), dtype=wide)
+            for row, task in zip(sums.unbind(), range(self.num_tasks)[rows], strict=True):
+                start = 0
+                for part, layout in zip(self._parts, self._layouts, strict=True):
+                    piece = row[start : (start := start + num_features(layout.shape, layout.dtype, kept))]
+                    if (gradient := part[task]) is not None:
+                        piece.copy_(_summed(gradient, kept))
+            return sums if self._scale is None else sums.div_(self._divisor(sums))
+
+    def num_features(self, feature_dim: int | None = None) -> int:
+        """How many features :meth:`batch_sums` has."""
+        self._checked()
+        kept = feature_dim if self._has_batch else 0
+        return sum(num_features(layout.shape, layout.dtype, kept) for layout in self._layouts)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         r"""The vector :math:`\sum_t w_t g_t`, ``[n]``, over the tasks that take part, for weights of shape ``[T]``.
@@ -278,6 +313,7 @@ class _Layout:
         # Where no task sent a gradient there is nothing to read: a vector of length zero.
         example = next((gradient for gradient in part if gradient is not None), like.new_zeros(0))
         self.dtype = example.dtype
+        self.shape = example.shape
         self.size = example.numel() * (2 if example.is_complex() else 1)
         self._order = tuple(sorted(range(example.dim()), key=example.stride, reverse=True))
         self._inverse = tuple(sorted(range(example.dim()), key=self._order.__getitem__))
@@ -291,6 +327,27 @@ class _Layout:
         if self.dtype.is_complex:
             flat = torch.view_as_complex(flat.reshape(-1, 2))
         return flat.reshape(self._shape).permute(self._inverse)
+
+
+def num_features(shape: Sequence[int], dtype: torch.dtype, feature_dim: int | None) -> int:
+    """How many numbers are left of a tensor of the representation when its gradient is summed over the batch.
+
+    Raises:
+        ValueError: it has no dimension ``feature_dim``.
+    """
+    if feature_dim is not None and not -len(shape) <= feature_dim < len(shape):
+        raise ValueError(f"feature_dim={feature_dim} is no dimension of a representation of shape {tuple(shape)}.")
+    kept = math.prod(shape[1:]) if feature_dim is None else shape[feature_dim]
+    return 2 * kept if dtype.is_complex else kept
+
+
+def _summed(gradient: Tensor, feature_dim: int | None) -> Tensor:
+    """The sum over all dimensions but one, or over the first; as real numbers, in one dimension."""
+    count = gradient.dim()
+    others = [0][:count] if feature_dim is None else [d for d in range(count) if d != feature_dim % count]
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    summed = (gradient.sum(others, dtype=wide) if others else gradient.to(wide)).reshape(-1)
+    return torch.view_as_real(summed).reshape(-1) if summed.is_complex() else summed
 
 
 def _add_gramian(total: Tensor, rows: list[Tensor | None]) -> None:

@@ -324,6 +324,8 @@ class Junction:
     ) -> list[dict[int, Tensor]]:
         if not tensors:
             return [{} for _ in tasks]
+        if balancer.training and not transforming():
+            balancer.prepare(tensors)
         state = _ForkState(self, balancer, tasks, tensors)
         parameters = [p for p in balancer.parameters() if p.requires_grad]
         outputs = _ForkNode.apply(state, *tensors, *parameters)

@@ -169,6 +169,27 @@ class MultiTaskModel(nn.Module):
         """``scalarize(losses, auxiliary).backward(retain_graph=retain_graph)``: a balanced step."""
         self.scalarize(losses, auxiliary).backward(retain_graph=retain_graph)
 
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Allocate the balancer's state, whose size the representation decides; the first training step does it too.
+
+        Needed before a distributed checkpoint is loaded into a new model, which must have every tensor already. One
+        forward in evaluation mode: batch statistics and random numbers stay as they are.
+
+        Args:
+            *args: a batch, as for :meth:`forward`; its size does not matter.
+            **kwargs: likewise.
+        """
+        modes = {module: module.training for module in self.modules()}
+        devices = {p.device for p in self.parameters() if p.device.type == "cuda"}
+        self.eval()
+        self.balancer.train()
+        try:
+            with torch.enable_grad(), torch.random.fork_rng(devices=list(devices)):
+                self(*args, **kwargs)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
     @property
     def task_weights(self) -> Tensor | None:
         r"""With what factor each task's raw-loss gradient entered the shared gradient in the last balanced backward.
@@ -238,7 +259,7 @@ class MultiTaskModel(nn.Module):
         made.bind(len(self.heads))
         # It comes to where the model already is; a later model.to(...) moves both.
         example = next(self.backbone.parameters(), None)
-        if example is not None and any(p.device != example.device for p in made.parameters()):
+        if example is not None and any(t.device != example.device for t in (*made.parameters(), *made.buffers())):
             made.to(example.device)
         return made
 

@@ -6,9 +6,30 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mtlwrap import IMTL, IMTLG, IMTLL, UW, Balancer, Compose, EqualWeighting, FixedWeights, MultiTaskModel
+from mtlwrap import (
+    IMTL,
+    IMTLG,
+    IMTLL,
+    UW,
+    Balancer,
+    Compose,
+    EqualWeighting,
+    ExcessMTL,
+    FixedWeights,
+    GradientBalancer,
+    LossBalancer,
+    MultiTaskModel,
+    balancers,
+)
 
 DEVICE = torch.device(os.environ.get("MTLWRAP_TEST_DEVICE", "cpu"))
+
+# Every balancer that is exported, by its class name.
+METHODS = [
+    name
+    for name in balancers.__all__
+    if name not in ("by_name", "Compose") and getattr(balancers, name) not in (Balancer, GradientBalancer, LossBalancer)
+]
 
 # Every balancer with the options that change its path, made anew for each test.
 BALANCERS = {
@@ -24,6 +45,7 @@ BALANCERS = {
     "imtl": lambda: IMTL(init=[0.25, -0.5, 0.125]),
     "imtl-loss": lambda: IMTL(method="loss"),
     "imtl-gradient": lambda: IMTL(method="gradient"),
+    "excess-mtl": lambda: ExcessMTL(robust_step_size=0.5),
     "compose": lambda: Compose(loss=UW(init=[0.25, -0.5, 0.125]), gradient=IMTLG(nonneg=True)),
 }
 

@@ -193,6 +193,7 @@ def test_a_representation_without_numbers() -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_gradient_that_is_not_finite_reaches_grad_and_no_state(name: str, bad: float) -> None:
     model, reference, x = make_model(BALANCERS[name]()), make_model(BALANCERS[name]()), make_input()
+    model.prepare(x)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     predictions = model(x)
     predictions["b"].register_hook(lambda g: g * bad)

@@ -1,11 +1,9 @@
 """The wrapper: containers, views, representations of any structure, parameter groups, checkpoints."""
 
 import copy
-import pickle
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import mtlwrap
 from mtlwrap import IMTL, IMTLG, UW, EqualWeighting, FixedWeights, MultiTaskModel, cached
 from tests.common import (
-    BALANCERS,
     DEVICE,
     TASKS,
     grads,
@@ -438,47 +435,6 @@ def test_balancer_names_and_defaults() -> None:
         make_model("pcgrad")
     with pytest.raises(ValueError, match="FixedWeights needs options"):
         make_model("fixedweights")
-
-
-@pytest.mark.parametrize("name", BALANCERS)
-def test_checkpoint_resumes_bit_for_bit(name: str) -> None:
-    def make() -> tuple[MultiTaskModel, torch.optim.Optimizer]:
-        model = make_model(BALANCERS[name](), torch.float32)
-        return model, torch.optim.Adam(model.param_groups(lr=0.01, balancer_lr=0.02))
-
-    def train(model: MultiTaskModel, optimizer: torch.optim.Optimizer, seeds: range) -> None:
-        for seed in seeds:
-            optimizer.zero_grad()
-            model.backward(make_losses(model(make_input(seed, dtype=torch.float32))))
-            optimizer.step()
-
-    whole, optimizer = make()
-    train(whole, optimizer, range(3))
-    buffer = BytesIO()
-    torch.save({"model": whole.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
-    train(whole, optimizer, range(3, 6))
-    buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)
-    resumed, optimizer = make()
-    resumed.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    train(resumed, optimizer, range(3, 6))
-    assert_close(dict(resumed.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", BALANCERS)
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_of_a_model_train_on_alike(name: str, duplicate: Any) -> None:
-    model, x = make_model(BALANCERS[name]()), make_input()
-    with cached():
-        model.backward(make_losses(model(x)))
-        copied = duplicate(model)
-        assert copied.task_gradients is None
-        assert_close(copied.task_weights, model.task_weights, rtol=0, atol=0)
-    for each in (model, copied):
-        each.zero_grad()
-        each.backward(make_losses(each(x)))
-    assert_close(grads(list(copied.parameters())), grads(list(model.parameters())), rtol=0, atol=0)
 
 
 def test_a_balancer_moves_to_where_the_model_is() -> None:

@@ -3,6 +3,7 @@
 from mtlwrap.balancers.base import Balancer, GradientBalancer, LossBalancer
 from mtlwrap.balancers.compose import Compose
 from mtlwrap.balancers.equal import EqualWeighting
+from mtlwrap.balancers.excess_mtl import ExcessMTL
 from mtlwrap.balancers.fixed import FixedWeights
 from mtlwrap.balancers.imtl import IMTL
 from mtlwrap.balancers.imtl_g import IMTLG
@@ -17,6 +18,7 @@ __all__ = [
     "Balancer",
     "Compose",
     "EqualWeighting",
+    "ExcessMTL",
     "FixedWeights",
     "GradientBalancer",
     "LossBalancer",

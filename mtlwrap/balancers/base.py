@@ -42,6 +42,16 @@ class Balancer(nn.Module, ABC):
     def reset(self) -> None:
         """Make the balancer as good as new; one without state has nothing to do."""
 
+    def prepare(self, representation: Sequence[Tensor]) -> None:
+        """Allocate state whose size the representation decides; called in each training forward. Neutral: nothing.
+
+        Args:
+            representation: its tensors that carry a gradient, batch first.
+
+        Raises:
+            ValueError: the state has another size already.
+        """
+
     def constrain(self) -> None:
         """Put learned parameters back to where they may be; called before each training step. Neutral: nothing."""
 

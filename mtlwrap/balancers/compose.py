@@ -58,6 +58,11 @@ class Compose(Balancer):
         self.loss.bind(num_tasks)
         self.gradient.bind(num_tasks)
 
+    def prepare(self, representation: Sequence[Tensor]) -> None:
+        """Prepare both parts."""
+        self.loss.prepare(representation)
+        self.gradient.prepare(representation)
+
     def constrain(self) -> None:
         """Constrain both parts."""
         self.loss.constrain()

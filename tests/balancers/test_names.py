@@ -4,14 +4,8 @@ import pytest
 
 import mtlwrap
 from mtlwrap import balancers
-from mtlwrap.balancers import Balancer, GradientBalancer, LossBalancer, by_name
-
-METHODS = [
-    name
-    for name in balancers.__all__
-    # A composition of nothing is no method.
-    if name not in ("by_name", "Compose") and getattr(balancers, name) not in (Balancer, GradientBalancer, LossBalancer)
-]
+from mtlwrap.balancers import Balancer, by_name
+from tests.common import METHODS
 
 
 def _spelled(name: str) -> list[str]:

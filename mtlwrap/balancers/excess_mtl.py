@@ -1,0 +1,238 @@
+"""ExcessMTL, robust multi-task learning with excess risks."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtlwrap.balancers.base import GradientBalancer
+from mtlwrap.gradients import TaskGradients, num_features
+
+# Entries of [T, features] that are worked on at once: what is larger is done task by task, to save memory.
+_AT_ONCE = 1 << 20
+_STATE = ("log_weights", "baseline", "baseline_calls", "gradient_roots")
+
+
+class ExcessMTL(GradientBalancer):
+    r"""Weighs the tasks by how far each is from its own optimum, so that one with noisy labels does not dominate.
+
+    He et al., `Robust Multi-Task Learning with Excess Risks <https://arxiv.org/abs/2402.02009>`_ (ICML 2024), Eq. 6-9.
+    With :math:`g_{ij}` the gradient of task i on feature j of the representation, summed over the batch,
+
+    .. math:: S_{ij} \mathrel{+}= g_{ij}^2, \qquad E_i = \sum_j \frac{g_{ij}^2}{\sqrt{S_{ij}}}, \qquad
+        \alpha_i \propto \alpha_i \exp\left( \eta \, E_i / E_i^0 \right)
+
+    where :math:`E_i` estimates the excess risk and :math:`E_i^0` is its value in the first call, so that the losses'
+    scales do not count. The weights start equal, and sum to 1 over all tasks. Heads get their own losses.
+
+    Differences:
+
+    - The paper's gradients are those of the shared parameters, with ``[T, parameters]`` of state. Here they are those
+      of the representation, with ``[T, features]``. Alone, on a matrix ``[T, n]`` of any gradients, it is the
+      published method. (The official code's and LibMTL's ``rep_grad=True`` return NaN from the second step on.)
+    - The official code's weights sum to T and reach the heads too. TorchJD's, with ``n_warmup_steps=1``, are these.
+    - The official code has :math:`\sqrt{S_{ij} + 10^{-7}}`, which makes the weights depend on the losses' scales once
+      gradients fall below about 1e-3; here a feature without a gradient counts 0, and the scales never matter.
+    - A task that takes no part in a step keeps its weight, and the others share what is left. One whose gradient is
+      zero until now has no baseline yet and keeps its weight too; in the official code it becomes NaN.
+    - A step in which a gradient is not finite changes nothing.
+
+    The estimates are never forgotten and the weights multiply up, so they saturate: choose the step size by the
+    length of the training. Of two tasks with constant gradients, one that halved after the first call, that one's
+    weight is
+
+    ===============  =========  ===========  ============
+    step size        100 steps  1,000 steps  10,000 steps
+    ===============  =========  ===========  ============
+    1 (the default)  7e-5       3e-14        5e-44
+    0.1              0.28       0.04         5e-5
+    0.01             0.48       0.42         0.27
+    ===============  =========  ===========  ============
+
+    **Take 0.01**, as the official code does, for more than a few hundred steps. The state holds logarithms, so that a
+    weight can come back from anywhere.
+
+    Args:
+        robust_step_size: :math:`\eta > 0`.
+        n_warmup_steps: for how many calls the weights stay as they are, while :math:`E_i^0` is averaged; 0 and 1 mean
+            the first call alone. (TorchJD's 0 applies the first raw :math:`E_i`, which makes one weight 1 for good.)
+            The paper warms up for three epochs (App. C.1).
+        feature_dim: the one dimension of the representation whose entries are the features; gradients are summed over
+            all others. None for all dimensions but the first, the batch. Give it where image size or sequence length
+            vary (1 for the channels of a convolutional map, -1 for the width of a transformer), or where all
+            positions are too many. It holds for every tensor in the representation.
+
+    Raises:
+        TypeError, ValueError: an argument is not of the stated kind or range; in use, the number of features changed.
+
+    Shape:
+        alone, ``matrix``: ``[T, n]``, a task's gradient per row; the result is ``[n]``.
+
+    Example:
+        >>> import torch
+        >>> balancer = ExcessMTL(robust_step_size=0.01)
+        >>> balancer(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))  # the first call is the baseline: half of each
+        tensor([0.5000, 1.5000])
+    """
+
+    log_weights: Tensor
+    baseline: Tensor
+    baseline_calls: Tensor
+    gradient_roots: Tensor
+
+    def __init__(self, robust_step_size: float = 1.0, n_warmup_steps: int = 0, feature_dim: int | None = None) -> None:
+        super().__init__()
+        self.robust_step_size = _checked_step_size(robust_step_size)
+        self.n_warmup_steps = _checked_int("n_warmup_steps", n_warmup_steps)
+        if self.n_warmup_steps < 0:
+            raise ValueError(f"n_warmup_steps: expected at least 0, got {n_warmup_steps}.")
+        self.feature_dim = None if feature_dim is None else _checked_int("feature_dim", feature_dim)
+        # log_weights [T]; baseline [T], the average so far, and baseline_calls [T], over how many calls;
+        # gradient_roots [T, features], the root of S, which neither overflows nor underflows where gradients do not.
+        for name in _STATE:
+            self.register_buffer(name, torch.zeros(0))
+        self.reset()
+
+    def bind(self, num_tasks: int) -> None:
+        """See :meth:`Balancer.bind`."""
+        known = self.log_weights.shape[0]
+        if known not in (0, num_tasks):
+            raise ValueError(f"ExcessMTL holds the state of {known} tasks, but the model has {num_tasks} heads.")
+        super().bind(num_tasks)
+        if known == 0:
+            self.reset()
+
+    def reset(self) -> None:
+        """Equal weights, no baseline, no gradients seen; the next forward decides on the number of features."""
+        self._allocate(self.num_tasks or 0, 0, self.log_weights.dtype, self.log_weights.device)
+
+    def prepare(self, representation: Sequence[Tensor]) -> None:
+        """See :meth:`Balancer.prepare`."""
+        if self.num_tasks is not None:
+            first = representation[0]
+            features = sum(num_features(tensor.shape, tensor.dtype, self.feature_dim) for tensor in representation)
+            self._fit(self.num_tasks, features, first.dtype, first.device)
+
+    def weigh(self, gradients: TaskGradients) -> Tensor:
+        """The weights, and an update of the state; see :meth:`Balancer.weigh`."""
+        features = gradients.num_features(self.feature_dim)
+        self._fit(gradients.num_tasks, features, gradients.precision, gradients.active.device)
+        blocks = self._blocks()
+        # Needed twice, for nothing may change before all are known to be finite. Large ones are made twice.
+        known = gradients.batch_sums(self.feature_dim) if len(blocks) == 1 else None
+        excess = torch.cat([_excess(self.gradient_roots[rows], self._sums(gradients, rows, known)) for rows in blocks])
+        sound = excess.isfinite().all()
+        for rows in blocks:
+            _accumulate(self.gradient_roots[rows], self._sums(gradients, rows, known), sound)
+        active = gradients.active & sound
+        moving = self._take_baseline(excess, active)
+        relative = excess / torch.where(moving, self.baseline, 1.0)
+        grown = self.log_weights + self.robust_step_size * torch.where(moving, relative, 0.0)
+        # Those that move share what they had together, so that the others keep theirs.
+        shift = _log_total(grown, moving) - torch.where(moving.all(), 0.0, _log_total(self.log_weights, moving))
+        self.log_weights.copy_(torch.where(moving, grown - shift, self.log_weights))
+        return torch.where(gradients.active, self.log_weights.exp(), 0.0)
+
+    def extra_repr(self) -> str:
+        """The options."""
+        feature_dim = "" if self.feature_dim is None else f", feature_dim={self.feature_dim}"
+        return f"robust_step_size={self.robust_step_size:g}, n_warmup_steps={self.n_warmup_steps}{feature_dim}"
+
+    def _take_baseline(self, excess: Tensor, active: Tensor) -> Tensor:
+        """Average each task's first excess risks into its baseline; which tasks had theirs before this call."""
+        calls = max(1, self.n_warmup_steps)
+        known = self.baseline_calls >= calls
+        counts = active & ~known & (excess > 0)
+        self.baseline.add_(torch.where(counts, excess / calls, 0.0))
+        self.baseline_calls.add_(counts)
+        return active & known
+
+    def _sums(self, gradients: TaskGradients, rows: slice, known: Tensor | None) -> Tensor:
+        return gradients.batch_sums(self.feature_dim, rows) if known is None else known[rows]
+
+    def _blocks(self) -> list[slice]:
+        """Which tasks are worked on together."""
+        num_tasks, features = self.gradient_roots.shape
+        size = max(1, _AT_ONCE // max(1, features))
+        return [slice(start, min(start + size, num_tasks)) for start in range(0, num_tasks, size)]
+
+    def _fit(self, num_tasks: int, features: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Give the state its size, or refuse another one than it has."""
+        if self.gradient_roots.shape[1] == 0 and self.log_weights.shape[0] in (0, num_tasks):
+            self._allocate(num_tasks, features, dtype, device)
+        expected = tuple(self.gradient_roots.shape)
+        if (num_tasks, features) != expected:
+            raise ValueError(
+                f"ExcessMTL: gradients of {num_tasks} tasks, summed over the batch, have the shape "
+                f"{(num_tasks, features)}; expected {expected} as before. Where the representation changes its "
+                "size, name the dimension that does not: ExcessMTL(feature_dim=1) for the channels of a map. reset() "
+                "starts afresh."
+            )
+
+    def _allocate(self, num_tasks: int, features: int, dtype: torch.dtype, device: torch.device) -> None:
+        real = dtype.to_real() if dtype.is_complex else dtype
+        options: dict[str, Any] = {"dtype": torch.promote_types(real, torch.float32), "device": device}
+        with torch.inference_mode(False):
+            self.log_weights = torch.full((num_tasks,), -math.log(max(1, num_tasks)), **options)
+            self.baseline = torch.zeros(num_tasks, **options)
+            self.baseline_calls = torch.zeros(num_tasks, **options)
+            self.gradient_roots = torch.zeros(num_tasks, features, **options)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExcessMTL":
+        """As for any module, but half() leaves the state in float32: sums over a training do not fit into less."""
+        before = {name: getattr(self, name) for name in _STATE}
+        super()._apply(fn, recurse)
+        for name, state in before.items():
+            after = getattr(self, name)
+            if torch.promote_types(after.dtype, torch.float32) != after.dtype:
+                setattr(self, name, state.to(after.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Take over the size of a state; one without a size, from before the first step, resets."""
+        saved = {
+            name: state_dict[prefix + name] for name in _STATE if isinstance(state_dict.get(prefix + name), Tensor)
+        }
+        roots = saved.get("gradient_roots")
+        if roots is not None and roots.dim() == 2 and len(saved) == len(_STATE):
+            num_tasks = self.log_weights.shape[0]
+            if roots.shape[1] == 0 and roots.shape[0] in (0, num_tasks):
+                self.reset()
+                state_dict = {**state_dict, **{prefix + name: getattr(self, name) for name in _STATE}}
+            elif self.gradient_roots.shape[1] == 0 and num_tasks in (0, roots.shape[0]):
+                for name, state in saved.items():
+                    setattr(self, name, torch.zeros_like(state, device=self.log_weights.device))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _excess(roots: Tensor, sums: Tensor) -> Tensor:
+    """The excess risk of each row, sum of g^2 / sqrt(S), with 0 for 0 / 0; two temporaries of the rows' size."""
+    quotient = torch.hypot(roots, sums)
+    torch.div(sums, quotient.clamp_(min=torch.finfo(quotient.dtype).tiny), out=quotient)
+    return quotient.mul_(sums).sum(1)
+
+
+def _accumulate(roots: Tensor, sums: Tensor, sound: Tensor) -> None:
+    """Add the squares to the state; squares of zero where the step does not count."""
+    torch.hypot(roots, torch.where(sound, sums, 0.0).to(roots.dtype), out=roots)
+
+
+def _log_total(logarithms: Tensor, chosen: Tensor) -> Tensor:
+    """The logarithm of the sum of what is chosen."""
+    return torch.where(chosen, logarithms, -torch.inf).logsumexp(0)
+
+
+def _checked_step_size(robust_step_size: float) -> float:
+    if isinstance(robust_step_size, bool) or not isinstance(robust_step_size, int | float):
+        raise TypeError(f"robust_step_size: expected a number, got {robust_step_size!r}.")
+    if not 0 < robust_step_size < math.inf:
+        raise ValueError(f"robust_step_size: expected a positive finite number, got {robust_step_size}.")
+    return float(robust_step_size)
+
+
+def _checked_int(name: str, number: int) -> int:
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{name}: expected an int, got {number!r}.")
+    return number
