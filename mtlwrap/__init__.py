@@ -11,7 +11,11 @@ from mtlwrap.balancers import (
     ExcessMTL,
     FixedWeights,
     GradientBalancer,
+    GradNorm,
     LossBalancer,
+    RotateOnly,
+    RotoGrad,
+    RotoGradNorm,
 )
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.junction import Fork, fork
@@ -31,9 +35,13 @@ __all__ = [
     "ExcessMTL",
     "FixedWeights",
     "Fork",
+    "GradNorm",
     "GradientBalancer",
     "LossBalancer",
     "MultiTaskModel",
+    "RotateOnly",
+    "RotoGrad",
+    "RotoGradNorm",
     "SingleTaskModel",
     "TaskGradients",
     "cached",

@@ -217,6 +217,19 @@ class TaskGradients:
         kept = feature_dim if self._has_batch else 0
         return sum(num_features(layout.shape, layout.dtype, kept) for layout in self._layouts)
 
+    def on_tensor(self, task: int, index: int = 0) -> Tensor | None:
+        """A task's gradient on one tensor of the representation, in its shape, in float32 or wider; None for zero."""
+        self._checked()
+        gradient = self._parts[index][task]
+        with _plain_arithmetic(self._like):
+            return None if gradient is None else self._wide(gradient)
+
+    def weighted_sum_on(self, weights: Tensor, index: int = 0) -> Tensor:
+        """The weighted sum on one tensor of the representation, in its shape, in float32 or wider."""
+        self._checked()
+        with _plain_arithmetic(self._like):
+            return self._wide(_weighted_sum(self._parts[index], self._layouts[index], weights))
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         r"""The vector :math:`\sum_t w_t g_t`, ``[n]``, over the tasks that take part, for weights of shape ``[T]``.
 
@@ -256,7 +269,7 @@ class TaskGradients:
         if weights.shape != (self.num_tasks,):
             raise ValueError(f"weights: expected the shape [{self.num_tasks}], got {tuple(weights.shape)}.")
         return [
-            _weighted_sum(part, layout, weights.detach())
+            _weighted_sum(part, layout, weights.detach()).to(layout.dtype)
             for part, layout in zip(self._parts, self._layouts, strict=True)
         ]
 
@@ -288,6 +301,10 @@ class TaskGradients:
             return gradient
         # A divisor of one dimension takes a half-precision gradient to float32: the scale can be beyond half's range.
         return (gradient / self._divisor(gradient).reshape(1)).to(gradient.dtype)
+
+    def _wide(self, gradient: Tensor) -> Tensor:
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        return wide if self._scale is None else wide / self._divisor(wide)
 
     def _row(self, task: int) -> Tensor:
         pieces = []
@@ -377,7 +394,7 @@ def _weighted_sum(part: Sequence[Tensor | None], layout: _Layout, weights: Tenso
             total = gradient.to(wide) * weight
         else:
             total.addcmul_(gradient.to(wide), weight)
-    return weights.new_zeros(0, dtype=layout.dtype) if total is None else total.to(layout.dtype)
+    return weights.new_zeros(0, dtype=wide) if total is None else total
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:

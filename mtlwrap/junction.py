@@ -14,7 +14,7 @@ fall-back.
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -120,7 +120,12 @@ class _ForkState:
     """One passage through the fork. It belongs to the graph; the model knows it weakly, so the model holds no graph."""
 
     def __init__(
-        self, junction: "Junction", balancer: Balancer, tasks: tuple[int, ...], tensors: Sequence[Tensor]
+        self,
+        junction: "Junction",
+        balancer: Balancer,
+        tasks: tuple[int, ...],
+        tensors: Sequence[Tensor],
+        parameters: Iterable[str],
     ) -> None:
         self.owner = weakref.ref(junction)
         self.balancer = balancer
@@ -128,6 +133,7 @@ class _ForkState:
         self.tasks = tasks
         self.num_tasks = len(junction.tasks)
         self.num_tensors = len(tensors)
+        self.parameters = tuple(parameters)
         self._forms = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         self.scope = current_scope()
         self.spent = False
@@ -157,7 +163,7 @@ class _ForkState:
         return parts
 
     def balance(self, parts: list[list[Tensor | None]], running: _Pass) -> list[Tensor | None]:
-        """The shared gradient of each tensor of the representation, as the balancer decides."""
+        """As the balancer decides, the gradient of each tensor of the representation, then of each own parameter."""
         order = running.order
         gradients = TaskGradients.from_parts(
             self._completed(parts, order.taking_part),
@@ -180,7 +186,10 @@ class _ForkState:
         # With what factor each *raw* loss's gradient entered: the balancer's weight times the loss's own factor.
         raw = None if weights is None else weights.detach() * gradients.loss_factors.to(weights.device)
         self.report.fill(raw, gradients, self.scope)
-        return [None if all(g is None for g in part) else s for part, s in zip(parts, shared, strict=True)]
+        with torch.no_grad():
+            own = {name: g * running.scale.to(g) for name, g in self.balancer.own_gradients(gradients).items()}
+        read = [any(g is not None for g in part) for part in parts]
+        return [*(s if r else None for s, r in zip(shared, read, strict=True)), *map(own.get, self.parameters)]
 
     def _completed(self, parts: list[list[Tensor | None]], taking_part: tuple[bool, ...]) -> list[list[Tensor | None]]:
         """With zeros for a tensor that no task reads, so that the gradients' length is always the representation's."""
@@ -205,7 +214,6 @@ class _ForkNode(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.state = inputs[0]
-        ctx.num_parameters = len(inputs) - 1 - ctx.state.num_tensors
         ctx.state.node = weakref.ref(ctx)
         ctx.set_materialize_grads(False)
 
@@ -217,8 +225,9 @@ class _ForkNode(torch.autograd.Function):
         state.spent = not _keeps_graph()
         parts = state.by_task(gradients)
         with without_autocast(_device_type(gradients)):
-            shared = [_plain_sum(part) for part in parts] if running is None else state.balance(parts, running)
-        return (None, *shared, *[None] * ctx.num_parameters)
+            if running is not None:
+                return (None, *state.balance(parts, running))
+            return (None, *map(_plain_sum, parts), *[None] * len(state.parameters))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -314,10 +323,10 @@ class Junction:
             )
         forked = [t for t in tensors if t.requires_grad] if torch.is_grad_enabled() else []
         self._device = tensors[0].device
-        aliases = self._through_node(forked, balancer, tuple(tasks))
+        own = self._through_node(forked, balancer, tuple(tasks))
         if torch.is_grad_enabled():
             self._forked = bool(forked)
-        return [_with_aliases(representation, own) for own in aliases]
+        return _each_its_own(representation, tensors[0], own, balancer, tasks)
 
     def _through_node(
         self, tensors: list[Tensor], balancer: Balancer, tasks: tuple[int, ...]
@@ -326,9 +335,9 @@ class Junction:
             return [{} for _ in tasks]
         if balancer.training and not transforming():
             balancer.prepare(tensors)
-        state = _ForkState(self, balancer, tasks, tensors)
-        parameters = [p for p in balancer.parameters() if p.requires_grad]
-        outputs = _ForkNode.apply(state, *tensors, *parameters)
+        parameters = {name: p for name, p in balancer.named_parameters() if p.requires_grad}
+        state = _ForkState(self, balancer, tasks, tensors, parameters)
+        outputs = _ForkNode.apply(state, *tensors, *parameters.values())
         with self._lock:
             self._alive.append(weakref.ref(state))
             if len(self._alive) > self._prune_at:  # forwards that are never scalarized
@@ -596,6 +605,24 @@ def alias(tensor: Tensor) -> Tensor:
 def aliases(representation: Any) -> Any:
     """The representation with every tensor aliased, one that occurs twice only once; gradients pass through."""
     return _with_aliases(representation, {})
+
+
+def without_fork(representation: Any, balancer: Balancer, tasks: Sequence[int]) -> list[Any]:
+    """What the heads of ``tasks`` get where nothing is balanced: every tensor aliased, gradients pass through."""
+    tensors = differentiable_tensors(representation) if balancer.transforms else []
+    return _each_its_own(representation, tensors[0] if tensors else None, [{} for _ in tasks], balancer, tasks)
+
+
+def _each_its_own(
+    representation: Any, first: Tensor | None, own: list[dict[int, Tensor]], balancer: Balancer, tasks: Sequence[int]
+) -> list[Any]:
+    """For each task the representation with its own aliases, the first tensor as the balancer transforms it."""
+    if balancer.transforms and first is not None:
+        given = [known.get(id(first)) for known in own]
+        changed = balancer.transform([alias(first) if a is None else a for a in given], tasks)
+        for known, tensor in zip(own, changed, strict=True):
+            known[id(first)] = tensor
+    return [_with_aliases(representation, known) for known in own]
 
 
 def _with_aliases(representation: Any, known: dict[int, Tensor]) -> Any:

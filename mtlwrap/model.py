@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mtlwrap.balancers import Balancer, EqualWeighting, by_name
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.heads import Heads
-from mtlwrap.junction import Junction, aliases
+from mtlwrap.junction import Junction, aliases, without_fork
 from mtlwrap.losses import Losses, checked_auxiliary, collect
 from mtlwrap.watch import Watch
 
@@ -106,7 +106,9 @@ class MultiTaskModel(nn.Module):
             raise IndexError(f"There is no task at position {task}; there are {len(self)} tasks.")
         if isinstance(task, str) and task not in self.tasks:
             raise KeyError(f"There is no task called {task!r}; the tasks are {', '.join(map(repr, self.tasks))}.")
-        return SingleTaskModel(self.backbone, self.heads[task], training=self.training)
+        return SingleTaskModel(
+            self.backbone, self.heads[task], self.balancer, self.heads.position(task), training=self.training
+        )
 
     def __iter__(self) -> Iterator["SingleTaskModel"]:
         """Over the single-task models."""
@@ -128,7 +130,7 @@ class MultiTaskModel(nn.Module):
         chosen = self._positions(tasks)
         representation = self.backbone(*args, **kwargs)
         if _is_captured():
-            own = [aliases(representation) for _ in chosen]  # nothing to balance: no break in the graph
+            own = without_fork(representation, self.balancer, chosen)  # nothing to balance: no break in the graph
         else:
             own = self._junction.fork(representation, self.balancer, chosen)
         predictions = {self.tasks[task]: self.heads[task](z) for task, z in zip(chosen, own, strict=True)}
@@ -280,15 +282,22 @@ class SingleTaskModel(nn.Module):
     the mode of the modules it shares: ``eval()`` on it is ``eval()`` on them.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, *, training: bool = True) -> None:
+    def __init__(
+        self, backbone: nn.Module, head: nn.Module, balancer: Balancer, task: int, *, training: bool = True
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        # Only what rotates the representation is a part of this model; otherwise its state is backbone and head.
+        self.balancer = balancer if balancer.transforms else None
+        self._task = task
         self.training = training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The prediction of the head; the arguments go to the backbone."""
         representation = self.backbone(*args, **kwargs)
+        if self.balancer is not None:
+            return self.head(*without_fork(representation, self.balancer, [self._task]))
         # Aliased, for a head that writes in place must not touch what the backbone keeps for its backward.
         return self.head(representation if _is_captured() else aliases(representation))
 

@@ -1,7 +1,7 @@
 """What the tests share: a small asymmetric problem, and gradients by brute force."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,12 @@ from mtlwrap import (
     ExcessMTL,
     FixedWeights,
     GradientBalancer,
+    GradNorm,
     LossBalancer,
     MultiTaskModel,
+    RotateOnly,
+    RotoGrad,
+    RotoGradNorm,
     balancers,
 )
 
@@ -30,6 +34,14 @@ METHODS = [
     for name in balancers.__all__
     if name not in ("by_name", "Compose") and getattr(balancers, name) not in (Balancer, GradientBalancer, LossBalancer)
 ]
+
+# What those need that have options without a default, for three tasks on make_backbone's representation.
+OPTIONS: dict[str, Callable[[], Balancer]] = {
+    "FixedWeights": lambda: FixedWeights([0.5, 2.0, 3.0]),
+    "RotateOnly": lambda: RotateOnly(8),
+    "RotoGrad": lambda: RotoGrad(8),
+    "RotoGradNorm": lambda: RotoGradNorm(8, alpha=1.5),
+}
 
 # Every balancer with the options that change its path, made anew for each test.
 BALANCERS = {
@@ -46,6 +58,10 @@ BALANCERS = {
     "imtl-loss": lambda: IMTL(method="loss"),
     "imtl-gradient": lambda: IMTL(method="gradient"),
     "excess-mtl": lambda: ExcessMTL(robust_step_size=0.5),
+    "rotate-only": lambda: RotateOnly(8),
+    "rotograd": lambda: RotoGrad(8, burn_in_period=3),
+    "rotograd-norm": lambda: RotoGradNorm(6, alpha=0.5, burn_in_period=3),
+    "grad-norm": lambda: GradNorm(alpha=0.5),
     "compose": lambda: Compose(loss=UW(init=[0.25, -0.5, 0.125]), gradient=IMTLG(nonneg=True)),
 }
 

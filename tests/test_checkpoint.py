@@ -13,22 +13,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from mtlwrap import IMTLL, Balancer, Compose, ExcessMTL, MultiTaskModel, balancers, cached
-from tests.common import BALANCERS, DEVICE, METHODS, grads, make_input, make_losses, make_model
+from mtlwrap import IMTLL, Compose, ExcessMTL, MultiTaskModel, balancers, cached
+from tests.common import BALANCERS, DEVICE, METHODS, OPTIONS, grads, make_input, make_losses, make_model
 
 EXACT = {"rtol": 0, "atol": 0}
 
-# Balancers that have options without a default; whatever else is exported is made by its name.
-OPTIONS: dict[str, tuple[Any, ...]] = {"FixedWeights": ([0.5, 2.0, 3.0],)}
-
-
-def _by_class(name: str) -> Callable[[], Balancer]:
-    return lambda: getattr(balancers, name)(*OPTIONS.get(name, ()))
-
-
 # What is exported, and the variants of the other tests: parameters and buffers at once, a warm-up that is not over.
 MAKE: dict[str, Callable[[], Any]] = {
-    **{name: _by_class(name) for name in METHODS},
+    **{name: OPTIONS.get(name, getattr(balancers, name)) for name in METHODS},
     **BALANCERS,
     "excess-mtl-in-warm-up": lambda: ExcessMTL(n_warmup_steps=4),
     "excess-mtl-by-feature": lambda: ExcessMTL(feature_dim=1),

@@ -5,9 +5,13 @@ from mtlwrap.balancers.compose import Compose
 from mtlwrap.balancers.equal import EqualWeighting
 from mtlwrap.balancers.excess_mtl import ExcessMTL
 from mtlwrap.balancers.fixed import FixedWeights
+from mtlwrap.balancers.grad_norm import GradNorm
 from mtlwrap.balancers.imtl import IMTL
 from mtlwrap.balancers.imtl_g import IMTLG
 from mtlwrap.balancers.imtl_l import IMTLL
+from mtlwrap.balancers.rotate_only import RotateOnly
+from mtlwrap.balancers.roto_grad import RotoGrad
+from mtlwrap.balancers.roto_grad_norm import RotoGradNorm
 from mtlwrap.balancers.uw import UW
 
 __all__ = [
@@ -20,8 +24,12 @@ __all__ = [
     "EqualWeighting",
     "ExcessMTL",
     "FixedWeights",
+    "GradNorm",
     "GradientBalancer",
     "LossBalancer",
+    "RotateOnly",
+    "RotoGrad",
+    "RotoGradNorm",
     "by_name",
 ]
 

@@ -1,7 +1,7 @@
 """The two kinds of balancer, and what the model asks of either."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -52,6 +52,33 @@ class Balancer(nn.Module, ABC):
             ValueError: the state has another size already.
         """
 
+    @property
+    def transforms(self) -> bool:
+        """Whether the heads get something else than the representation itself; neutral: no."""
+        return False
+
+    def transform(self, tensors: Sequence[Tensor], tasks: Sequence[int]) -> list[Tensor]:
+        """What the heads get instead of the representation's first tensor, if :attr:`transforms`. Neutral: itself.
+
+        Args:
+            tensors: that tensor, once for each of ``tasks``; in training its gradient is the one that is balanced.
+            tasks: which tasks these are.
+        """
+        return list(tensors)
+
+    @property
+    def scales_losses(self) -> bool:
+        """Whether :meth:`scalarize` of a *gradient* balancer is more than a sum; then it stands alone. Neutral: no."""
+        return False
+
+    def own_gradients(self, gradients: TaskGradients) -> dict[str, Tensor]:
+        """The gradient of the balancer's own objective on its parameters, by name. Neutral: none.
+
+        Called after :meth:`weigh`, in the same backward pass. What a loss balancer learns gets its gradient from the
+        scalar and does not appear here.
+        """
+        return {}
+
     def constrain(self) -> None:
         """Put learned parameters back to where they may be; called before each training step. Neutral: nothing."""
 
@@ -77,6 +104,16 @@ class Balancer(nn.Module, ABC):
         if weights is None:
             raise TypeError(f"{type(self).__name__}.weigh returned None, so the class must override combine.")
         return gradients.weighted_sum(weights)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Balancer":
+        """As for any module, but ``half()`` leaves buffers in float32: what sums up over a training needs that."""
+        before = {module: dict(module._buffers) for module in self.modules()}
+        super()._apply(fn, recurse)
+        for module, buffers in before.items():
+            for name, buffer in buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[name] = _widened(buffer, module._buffers[name])
+        return self
 
 
 class LossBalancer(Balancer):
@@ -131,6 +168,14 @@ class GradientBalancer(Balancer):
                 f"got a matrix of {gradients.num_tasks} rows."
             )
         return self.combine(gradients)
+
+
+def _widened(before: Tensor, after: Tensor | None) -> Tensor | None:
+    """What became of a buffer, unless it became narrower than float32."""
+    if after is None or torch.promote_types(after.dtype, torch.float32) == after.dtype:
+        return after
+    wide = torch.promote_types(before.dtype, torch.float32)
+    return before.to(device=after.device, dtype=wide)
 
 
 def constant(values: tuple[float, ...], like: Tensor) -> Tensor:

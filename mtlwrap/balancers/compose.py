@@ -22,7 +22,7 @@ class Compose(Balancer):
         gradient: a :class:`GradientBalancer`; None adds the gradients up.
 
     Raises:
-        TypeError: a part is not of its kind.
+        TypeError: a part is not of its kind, or ``gradient`` scales the losses too.
         ValueError: the parts were made for different numbers of tasks.
 
     Example:
@@ -42,6 +42,8 @@ class Compose(Balancer):
         for name, part, kind in (("loss", loss, LossBalancer), ("gradient", gradient, GradientBalancer)):
             if part is not None and not isinstance(part, kind):
                 raise TypeError(f"{name}: expected a {kind.__name__} or None, got {type(part).__name__}.")
+        if gradient is not None and gradient.scales_losses:
+            raise TypeError(f"gradient: {gradient!r} scales the losses itself, so it stands alone.")
         self.loss = EqualWeighting() if loss is None else loss
         self.gradient = EqualWeighting() if gradient is None else gradient
         known = {part.num_tasks for part in (self.loss, self.gradient)} - {None}
@@ -57,6 +59,19 @@ class Compose(Balancer):
         super().bind(num_tasks)
         self.loss.bind(num_tasks)
         self.gradient.bind(num_tasks)
+
+    @property
+    def transforms(self) -> bool:
+        """Whether the gradient balancer does."""
+        return self.gradient.transforms
+
+    def transform(self, tensors: Sequence[Tensor], tasks: Sequence[int]) -> list[Tensor]:
+        """What the gradient balancer makes of the representation."""
+        return self.gradient.transform(tensors, tasks)
+
+    def own_gradients(self, gradients: TaskGradients) -> dict[str, Tensor]:
+        """Those of the gradient balancer's parameters."""
+        return {f"gradient.{name}": g for name, g in self.gradient.own_gradients(gradients).items()}
 
     def prepare(self, representation: Sequence[Tensor]) -> None:
         """Prepare both parts."""

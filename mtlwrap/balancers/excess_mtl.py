@@ -1,7 +1,7 @@
 """ExcessMTL, robust multi-task learning with excess risks."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -179,16 +179,6 @@ class ExcessMTL(GradientBalancer):
             self.baseline = torch.zeros(num_tasks, **options)
             self.baseline_calls = torch.zeros(num_tasks, **options)
             self.gradient_roots = torch.zeros(num_tasks, features, **options)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExcessMTL":
-        """As for any module, but half() leaves the state in float32: sums over a training do not fit into less."""
-        before = {name: getattr(self, name) for name in _STATE}
-        super()._apply(fn, recurse)
-        for name, state in before.items():
-            after = getattr(self, name)
-            if torch.promote_types(after.dtype, torch.float32) != after.dtype:
-                setattr(self, name, state.to(after.device))
-        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Take over the size of a state; one without a size, from before the first step, resets."""

@@ -5,7 +5,7 @@ import pytest
 import mtlwrap
 from mtlwrap import balancers
 from mtlwrap.balancers import Balancer, by_name
-from tests.common import METHODS
+from tests.common import METHODS, OPTIONS
 
 
 def _spelled(name: str) -> list[str]:
@@ -16,8 +16,8 @@ def _spelled(name: str) -> list[str]:
 def test_every_balancer_goes_by_its_name(name):
     kind = getattr(balancers, name)
     for spelling in _spelled(name):
-        if name == "FixedWeights":
-            with pytest.raises(ValueError, match=r"balancer: FixedWeights needs options; make it and pass the object"):
+        if name in OPTIONS:
+            with pytest.raises(ValueError, match=f"balancer: {name} needs options; make it and pass the object"):
                 by_name(spelling)
         else:
             assert type(by_name(spelling)) is kind

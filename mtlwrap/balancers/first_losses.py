@@ -1,0 +1,59 @@
+"""The first value of each task's loss, which several methods measure progress by."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mtlwrap.balancers.base import select
+from mtlwrap.gradients import TaskGradients
+
+
+class FirstLosses(nn.Module):
+    """Remembers, for each task, the size of its first loss that is not zero.
+
+    Attributes:
+        values: ``[T]``, without the sign; 0 where there is none yet.
+        calls: in how many balanced steps each task took part, ``[T]``.
+    """
+
+    values: Tensor
+    calls: Tensor
+
+    def __init__(self, burn_in_period: int | None = None) -> None:
+        super().__init__()
+        # After so many calls the losses are taken anew.
+        self.burn_in_period = burn_in_period
+        self.register_buffer("values", torch.zeros(0))
+        self.register_buffer("calls", torch.zeros(0))
+
+    def allocate(self, num_tasks: int) -> None:
+        """Nothing remembered, for so many tasks."""
+        self.values = torch.zeros(num_tasks, dtype=self.values.dtype, device=self.values.device)
+        self.calls = torch.zeros_like(self.values)
+
+    def of(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        """The first losses of ``tasks``, these very ``losses`` where this call is the first; 1 where both are 0."""
+        values, _ = self._with(losses, select(self.values, tasks), select(self.calls, tasks))
+        return torch.where(values == 0, 1.0, values).to(losses.device)
+
+    def known(self) -> Tensor:
+        """The first losses after :meth:`take`; 1 where there is none."""
+        return torch.where(self.values == 0, 1.0, self.values)
+
+    def take(self, gradients: TaskGradients) -> Tensor:
+        """Count a step and keep its losses where they are the first, unless it is not finite; where they were."""
+        if len(self.calls) == 0:
+            self.allocate(gradients.num_tasks)
+        values, first = self._with(gradients.losses, self.values, self.calls)
+        counts = (gradients.active & gradients.finite).to(self.calls.device)
+        self.values.copy_(torch.where(counts & values.isfinite(), values, self.values))
+        self.calls.add_(counts)
+        return first & counts
+
+    def _with(self, losses: Tensor, values: Tensor, calls: Tensor) -> tuple[Tensor, Tensor]:
+        first = values == 0
+        if self.burn_in_period is not None:
+            first = first | (calls == self.burn_in_period)
+        sizes = losses.detach().abs().to(values)
+        return torch.where(first & (sizes > 0), sizes, values), first

@@ -1,0 +1,84 @@
+"""A trainable rotation per task: orthogonal matrices that an ordinary optimizer moves."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+
+class Rotations(nn.Module):
+    r"""T rotations of m dimensions, ``[T, m, m]``, which start at the identity.
+
+    What the optimizer moves are angles, the entries below the diagonal of a skew-symmetric :math:`A_k`. Around the
+    rotation :math:`Q_k` at which the angles were :math:`A_k^0` the rotation is
+
+    .. math:: R_k = Q_k \left(I - \tfrac12 \Delta\right)^{-1} \left(I + \tfrac12 \Delta\right),
+        \qquad \Delta = A_k - A_k^0
+
+    the Cayley map, which is a rotation for every :math:`\Delta` and agrees with the exponential map to second order.
+    :meth:`settle`, before each training step, moves :math:`Q_k` to where the rotation is: then :math:`\Delta` is one
+    step of the optimizer and no more, and the gradient of a function f of :math:`R_k` with respect to the angles is
+    just :math:`R_k^\top \partial f / \partial R_k` minus its transpose, with no map to differentiate through. The
+    angles themselves are not touched: nothing is taken from under an optimizer, an average of weights or a sharding.
+    One Newton-Schulz step removes what rounding adds up to over a training.
+
+    Attributes:
+        angles: ``[T, m (m - 1) / 2]``, learned.
+        base: :math:`Q`, ``[T, m, m]``.
+        anchor: :math:`A^0`, as ``angles``.
+    """
+
+    base: Tensor
+    anchor: Tensor
+
+    def __init__(self, num_tasks: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.angles = nn.Parameter(torch.zeros(num_tasks, size * (size - 1) // 2))
+        self.register_buffer("base", torch.eye(size).repeat(num_tasks, 1, 1))
+        self.register_buffer("anchor", torch.zeros_like(self.angles))
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the identity."""
+        self.angles.zero_()
+        self.anchor.zero_()
+        self.base.copy_(torch.eye(self.size, dtype=self.base.dtype, device=self.base.device))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Take the rotations of now as the base for the next step."""
+        self.base.copy_(self.matrices())
+        self.anchor.copy_(self.angles)
+
+    @torch.no_grad()
+    def matrices(self) -> Tensor:
+        """The rotations, ``[T, m, m]``."""
+        delta = self.angles.to(self.base.dtype) - self.anchor
+        identity = torch.eye(self.size, dtype=self.base.dtype, device=self.base.device)
+        # solve_ex: without a check of the result, for which the host would have to wait. It cannot fail: the
+        # eigenvalues of I - A/2 have a real part of one.
+        solved, _ = torch.linalg.solve_ex(identity - 0.5 * self._skew(delta), self.base, left=False)
+        moved = 2.0 * solved - self.base
+        moved = torch.baddbmm(moved, moved, moved.mT @ moved, beta=1.5, alpha=-0.5)
+        # To the bit the same where nothing moved: several forwards to a step, or one that is repeated.
+        return torch.where((delta != 0).any(), moved, self.base)
+
+    def angle_gradients(self, products: Tensor) -> Tensor:
+        r"""The gradient on the angles, for :math:`R_k^\top \partial f / \partial R_k` of shape ``[T, m, m]``."""
+        rows, columns = _below_diagonal(self.size, products.device)
+        return (products - products.mT)[:, rows, columns]
+
+    def _skew(self, angles: Tensor) -> Tensor:
+        rows, columns = _below_diagonal(self.size, angles.device)
+        lower = angles.new_zeros(angles.shape[0], self.size, self.size)
+        lower[:, rows, columns] = angles
+        return lower - lower.mT
+
+
+@lru_cache(maxsize=32)
+def _below_diagonal(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The positions below the diagonal; kept, for index tensors are not to be copied to a device in every step."""
+    with torch.inference_mode(False):
+        rows, columns = torch.tril_indices(size, size, -1, device=device)
+    return rows, columns
