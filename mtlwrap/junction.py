@@ -60,11 +60,11 @@ class Report:
         """The task gradients, while the step's scope is open."""
         return self._gradients if self._scope is not None and self._scope.is_open else None
 
-    def fill(self, weights: Tensor | None, gradients: TaskGradients, scope: Scope | None) -> None:
+    def fill(self, weights: Tensor | None, gradients: TaskGradients | None, scope: Scope | None) -> None:
         """Note the outcome of a balanced backward; the gradients only if a scope will free them."""
         self.weights = weights
         self._gradients, self._scope = None, scope
-        if scope is not None and scope.is_open:
+        if scope is not None and scope.is_open and gradients is not None:
             self._gradients = gradients
             scope.add(gradients)
             scope.add(self)
@@ -126,6 +126,7 @@ class _ForkState:
         tasks: tuple[int, ...],
         tensors: Sequence[Tensor],
         parameters: Iterable[str],
+        together: bool,
     ) -> None:
         self.owner = weakref.ref(junction)
         self.balancer = balancer
@@ -134,6 +135,8 @@ class _ForkState:
         self.num_tasks = len(junction.tasks)
         self.num_tensors = len(tensors)
         self.parameters = tuple(parameters)
+        # Where nobody looks at the tasks' gradients they are added up as they arrive, at one output for all tasks.
+        self.copies = 1 if together else len(tasks)
         self._forms = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         self.scope = current_scope()
         self.spent = False
@@ -161,6 +164,13 @@ class _ForkState:
             for tensor in range(self.num_tensors):
                 parts[tensor][task] = gradients[position * self.num_tensors + tensor]
         return parts
+
+    def pass_on(self, gradients: Sequence[Tensor | None], running: _Pass | None) -> list[Tensor | None]:
+        """What autograd adds up by itself; the losses' factors are the weights."""
+        if running is not None:
+            factors = running.order.spread(running.loss_factors, 0.0)
+            self.report.fill(None if factors is None else factors.double(), None, None)
+        return [*gradients, *[None] * len(self.parameters)]
 
     def balance(self, parts: list[list[Tensor | None]], running: _Pass) -> list[Tensor | None]:
         """As the balancer decides, the gradient of each tensor of the representation, then of each own parameter."""
@@ -209,7 +219,7 @@ class _ForkNode(torch.autograd.Function):
     def forward(state: _ForkState, *tensors: Tensor) -> tuple[Tensor, ...]:
         # The balancer's parameters are among the inputs, behind the representation, so that whoever searches the
         # graph of the predictions for the parameters in use (DDP) finds them.
-        return tuple(alias(tensor) for _ in state.tasks for tensor in tensors[: state.num_tensors])
+        return tuple(alias(tensor) for _ in range(state.copies) for tensor in tensors[: state.num_tensors])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -223,6 +233,8 @@ class _ForkNode(torch.autograd.Function):
         state: _ForkState = ctx.state
         running = state.take()
         state.spent = not _keeps_graph()
+        if state.copies < len(state.tasks):
+            return (None, *state.pass_on(gradients, running))
         parts = state.by_task(gradients)
         with without_autocast(_device_type(gradients)):
             if running is not None:
@@ -232,11 +244,11 @@ class _ForkNode(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         own = tangents[1 : 1 + ctx.state.num_tensors]
-        return tuple(None if t is None else t.clone() for _ in ctx.state.tasks for t in own)
+        return tuple(None if t is None else t.clone() for _ in range(ctx.state.copies) for t in own)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], state: _ForkState, *tensors: Tensor) -> tuple[Any, ...]:
-        return _ForkNode.apply(state, *tensors), in_dims[1 : 1 + state.num_tensors] * len(state.tasks)
+        return _ForkNode.apply(state, *tensors), in_dims[1 : 1 + state.num_tensors] * state.copies
 
 
 class _LossesNode(torch.autograd.Function):
@@ -336,7 +348,9 @@ class Junction:
         if balancer.training and not transforming():
             balancer.prepare(tensors)
         parameters = {name: p for name, p in balancer.named_parameters() if p.requires_grad}
-        state = _ForkState(self, balancer, tasks, tensors, parameters)
+        # Once each task was seen to read its own head: what the outputs tell apart is needed for that check.
+        together = not balancer.sees_gradients and current_scope() is None and self._trusted.issuperset(tasks)
+        state = _ForkState(self, balancer, tasks, tensors, parameters, together)
         outputs = _ForkNode.apply(state, *tensors, *parameters.values())
         with self._lock:
             self._alive.append(weakref.ref(state))
@@ -344,6 +358,8 @@ class Junction:
                 self._alive = [reference for reference in self._alive if reference() is not None]
                 self._prune_at = max(32, 2 * len(self._alive))
         keys = [id(tensor) for tensor in tensors]
+        if state.copies < len(tasks):
+            return [dict(zip(keys, map(alias, outputs), strict=True)) for _ in tasks]
         count = len(tensors)
         return [
             dict(zip(keys, outputs[position * count : (position + 1) * count], strict=True))

@@ -99,7 +99,45 @@ def test_long_gradients_are_added_up_to_the_last_number(size):
     assert gradients.gramian.tolist() == [[size / 16, 2.5], [2.5, 38.0]]
     matrix = on_device(asymmetric(3, size, seed=1), torch.float32)
     wide = matrix.double()
-    check(TaskGradients(matrix), (wide @ wide.T).cpu())
+    # Long float32 rows on a CPU are multiplied in float32, block by block.
+    single = size > 1 << 17 and DEVICE.type == "cpu"
+    check(TaskGradients(matrix), (wide @ wide.T).cpu(), rtol=3e-7 if single else 1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+@pytest.mark.parametrize("ratio", [1.0, 1e12])
+def test_long_gradients_of_any_size(scale, ratio):
+    """Where float32 cannot square; with a first part of zeros; some of them absent."""
+    matrix = asymmetric(3, 1 << 18, seed=2)
+    matrix[:, : 1 << 16] = 0.0
+    matrix = on_device(scale * matrix * torch.tensor([[1.0], [ratio], [1.0 / ratio]]), torch.float32)
+    wide = matrix.double()
+    check(TaskGradients(matrix), (wide @ wide.T).cpu(), rtol=3e-7)
+    absent = TaskGradients.from_parts([[matrix[0], None, matrix[2]]], [True, False, True])
+    expected = wide @ wide.T
+    expected[1] = expected[:, 1] = 0.0
+    check(absent, expected.cpu(), rtol=3e-7)
+
+
+def test_long_gradients_where_products_are_allowed_to_be_coarse():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        matrix = on_device(asymmetric(2, 1 << 18), torch.float32)
+        wide = matrix.double()
+        check(TaskGradients(matrix), (wide @ wide.T).cpu())
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_long_gradients_that_are_not_finite(bad):
+    for position in (0, 100_000):  # one that the sample holds, one that it does not
+        matrix = on_device(asymmetric(2, 1 << 18), torch.float32)
+        matrix[1, position] = bad
+        gradients = TaskGradients(matrix)
+        assert not gradients.finite
+        assert gradients.norms[0].isfinite()
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])

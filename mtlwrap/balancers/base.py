@@ -1,17 +1,18 @@
 """The two kinds of balancer, and what the model asks of either."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from mtlwrap.gradients import TaskGradients
+from mtlwrap.state import WideBuffers
 from mtlwrap.surroundings import transforming
 
 
-class Balancer(nn.Module, ABC):
+class Balancer(WideBuffers, ABC):
     """What a multi-task model asks of a balancer: a scalar to call ``backward`` on, and weights for the gradients.
 
     Each half is neutral here, a plain sum. Derive from :class:`LossBalancer` or :class:`GradientBalancer`, which
@@ -51,6 +52,11 @@ class Balancer(nn.Module, ABC):
         Raises:
             ValueError: the state has another size already.
         """
+
+    @property
+    def sees_gradients(self) -> bool:
+        """Whether :meth:`weigh` is more than a sum; if not, the tasks' gradients are added up as they arrive."""
+        return True
 
     @property
     def transforms(self) -> bool:
@@ -105,22 +111,17 @@ class Balancer(nn.Module, ABC):
             raise TypeError(f"{type(self).__name__}.weigh returned None, so the class must override combine.")
         return gradients.weighted_sum(weights)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Balancer":
-        """As for any module, but ``half()`` leaves buffers in float32: what sums up over a training needs that."""
-        before = {module: dict(module._buffers) for module in self.modules()}
-        super()._apply(fn, recurse)
-        for module, buffers in before.items():
-            for name, buffer in buffers.items():
-                if buffer is not None and buffer.is_floating_point():
-                    module._buffers[name] = _widened(buffer, module._buffers[name])
-        return self
-
 
 class LossBalancer(Balancer):
     """A balancer that looks at the values of the losses: it makes one scalar of them, heads and backbone alike.
 
     Alone it is called on values of any shape.
     """
+
+    @property
+    def sees_gradients(self) -> bool:
+        """No, unless a derived class weighs them too."""
+        return type(self).weigh is not Balancer.weigh
 
     @abstractmethod
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
@@ -168,14 +169,6 @@ class GradientBalancer(Balancer):
                 f"got a matrix of {gradients.num_tasks} rows."
             )
         return self.combine(gradients)
-
-
-def _widened(before: Tensor, after: Tensor | None) -> Tensor | None:
-    """What became of a buffer, unless it became narrower than float32."""
-    if after is None or torch.promote_types(after.dtype, torch.float32) == after.dtype:
-        return after
-    wide = torch.promote_types(before.dtype, torch.float32)
-    return before.to(device=after.device, dtype=wide)
 
 
 def constant(values: tuple[float, ...], like: Tensor) -> Tensor:

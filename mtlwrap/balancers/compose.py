@@ -61,6 +61,11 @@ class Compose(Balancer):
         self.gradient.bind(num_tasks)
 
     @property
+    def sees_gradients(self) -> bool:
+        """Whether there is a gradient balancer."""
+        return self.gradient.sees_gradients
+
+    @property
     def transforms(self) -> bool:
         """Whether the gradient balancer does."""
         return self.gradient.transforms

@@ -12,7 +12,7 @@ from mtlwrap.gradients import TaskGradients, num_features
 
 # Entries of [T, features] that are worked on at once: what is larger is done task by task, to save memory.
 _AT_ONCE = 1 << 20
-_STATE = ("log_weights", "baseline", "baseline_calls", "gradient_roots")
+_STATE = ("log_weights", "baseline", "baseline_calls", "sizes", "squared_gradients")
 
 
 class ExcessMTL(GradientBalancer):
@@ -80,7 +80,8 @@ class ExcessMTL(GradientBalancer):
     log_weights: Tensor
     baseline: Tensor
     baseline_calls: Tensor
-    gradient_roots: Tensor
+    sizes: Tensor
+    squared_gradients: Tensor
 
     def __init__(self, robust_step_size: float = 1.0, n_warmup_steps: int = 0, feature_dim: int | None = None) -> None:
         super().__init__()
@@ -89,8 +90,9 @@ class ExcessMTL(GradientBalancer):
         if self.n_warmup_steps < 0:
             raise ValueError(f"n_warmup_steps: expected at least 0, got {n_warmup_steps}.")
         self.feature_dim = None if feature_dim is None else _checked_int("feature_dim", feature_dim)
-        # log_weights [T]; baseline [T], the average so far, and baseline_calls [T], over how many calls;
-        # gradient_roots [T, features], the root of S, which neither overflows nor underflows where gradients do not.
+        # log_weights [T]; baseline [T], the average so far, and baseline_calls [T], over how many calls; sizes [T], the
+        # largest entry of each task's first gradient, the unit of all that follows, so that squares neither overflow
+        # nor vanish; squared_gradients [T, features], S.
         for name in _STATE:
             self.register_buffer(name, torch.zeros(0))
         self.reset()
@@ -120,12 +122,17 @@ class ExcessMTL(GradientBalancer):
         features = gradients.num_features(self.feature_dim)
         self._fit(gradients.num_tasks, features, gradients.precision, gradients.active.device)
         blocks = self._blocks()
-        # Needed twice, for nothing may change before all are known to be finite. Large ones are made twice.
-        known = gradients.batch_sums(self.feature_dim) if len(blocks) == 1 else None
-        excess = torch.cat([_excess(self.gradient_roots[rows], self._sums(gradients, rows, known)) for rows in blocks])
+        sizes, excess = self.sizes.clone(), torch.zeros_like(self.baseline)
+        squares = torch.zeros(0)
+        for rows in blocks:
+            squares = self._squares(gradients, rows, sizes)
+            excess[rows] = _excess(self.squared_gradients[rows], squares)
+        # Nothing changes before all are known to be finite. What is done in one block is still there, others are not.
         sound = excess.isfinite().all()
         for rows in blocks:
-            _accumulate(self.gradient_roots[rows], self._sums(gradients, rows, known), sound)
+            squares = squares if len(blocks) == 1 else self._squares(gradients, rows, sizes)
+            self.squared_gradients[rows].add_(torch.where(sound, squares, 0.0))
+        self.sizes.copy_(torch.where(sound, sizes, self.sizes))
         active = gradients.active & sound
         moving = self._take_baseline(excess, active)
         relative = excess / torch.where(moving, self.baseline, 1.0)
@@ -149,20 +156,24 @@ class ExcessMTL(GradientBalancer):
         self.baseline_calls.add_(counts)
         return active & known
 
-    def _sums(self, gradients: TaskGradients, rows: slice, known: Tensor | None) -> Tensor:
-        return gradients.batch_sums(self.feature_dim, rows) if known is None else known[rows]
+    def _squares(self, gradients: TaskGradients, rows: slice, sizes: Tensor) -> Tensor:
+        """The squared gradients in units of ``sizes``, where tasks that have none yet get theirs."""
+        sums = gradients.batch_sums(self.feature_dim, rows).to(sizes.dtype)
+        largest = torch.linalg.vector_norm(sums, ord=torch.inf, dim=1)
+        sizes[rows] = torch.where(sizes[rows] == 0, largest, sizes[rows])
+        return sums.div_(torch.where(sizes[rows] == 0, 1.0, sizes[rows])[:, None]).square_()
 
     def _blocks(self) -> list[slice]:
         """Which tasks are worked on together."""
-        num_tasks, features = self.gradient_roots.shape
+        num_tasks, features = self.squared_gradients.shape
         size = max(1, _AT_ONCE // max(1, features))
         return [slice(start, min(start + size, num_tasks)) for start in range(0, num_tasks, size)]
 
     def _fit(self, num_tasks: int, features: int, dtype: torch.dtype, device: torch.device) -> None:
         """Give the state its size, or refuse another one than it has."""
-        if self.gradient_roots.shape[1] == 0 and self.log_weights.shape[0] in (0, num_tasks):
+        if self.squared_gradients.shape[1] == 0 and self.log_weights.shape[0] in (0, num_tasks):
             self._allocate(num_tasks, features, dtype, device)
-        expected = tuple(self.gradient_roots.shape)
+        expected = tuple(self.squared_gradients.shape)
         if (num_tasks, features) != expected:
             raise ValueError(
                 f"ExcessMTL: gradients of {num_tasks} tasks, summed over the batch, have the shape "
@@ -178,35 +189,30 @@ class ExcessMTL(GradientBalancer):
             self.log_weights = torch.full((num_tasks,), -math.log(max(1, num_tasks)), **options)
             self.baseline = torch.zeros(num_tasks, **options)
             self.baseline_calls = torch.zeros(num_tasks, **options)
-            self.gradient_roots = torch.zeros(num_tasks, features, **options)
+            self.sizes = torch.zeros(num_tasks, **options)
+            self.squared_gradients = torch.zeros(num_tasks, features, **options)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Take over the size of a state; one without a size, from before the first step, resets."""
         saved = {
             name: state_dict[prefix + name] for name in _STATE if isinstance(state_dict.get(prefix + name), Tensor)
         }
-        roots = saved.get("gradient_roots")
+        roots = saved.get("squared_gradients")
         if roots is not None and roots.dim() == 2 and len(saved) == len(_STATE):
             num_tasks = self.log_weights.shape[0]
             if roots.shape[1] == 0 and roots.shape[0] in (0, num_tasks):
                 self.reset()
                 state_dict = {**state_dict, **{prefix + name: getattr(self, name) for name in _STATE}}
-            elif self.gradient_roots.shape[1] == 0 and num_tasks in (0, roots.shape[0]):
+            elif self.squared_gradients.shape[1] == 0 and num_tasks in (0, roots.shape[0]):
                 for name, state in saved.items():
                     setattr(self, name, torch.zeros_like(state, device=self.log_weights.device))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def _excess(roots: Tensor, sums: Tensor) -> Tensor:
-    """The excess risk of each row, sum of g^2 / sqrt(S), with 0 for 0 / 0; two temporaries of the rows' size."""
-    quotient = torch.hypot(roots, sums)
-    torch.div(sums, quotient.clamp_(min=torch.finfo(quotient.dtype).tiny), out=quotient)
-    return quotient.mul_(sums).sum(1)
-
-
-def _accumulate(roots: Tensor, sums: Tensor, sound: Tensor) -> None:
-    """Add the squares to the state; squares of zero where the step does not count."""
-    torch.hypot(roots, torch.where(sound, sums, 0.0).to(roots.dtype), out=roots)
+def _excess(squared_gradients: Tensor, squares: Tensor) -> Tensor:
+    """The excess risk of each row, sum of g^2 / sqrt(S) with this call in S, and 0 for 0 / 0."""
+    total = squared_gradients + squares
+    return total.clamp_(min=torch.finfo(total.dtype).tiny).rsqrt_().mul_(squares).sum(1)
 
 
 def _log_total(logarithms: Tensor, chosen: Tensor) -> Tensor:

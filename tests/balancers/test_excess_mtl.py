@@ -182,7 +182,7 @@ def test_an_absent_task_does_not_move() -> None:
     for key, value in before.items():
         assert_close(after[key][1], value[1], **EXACT)
     assert (after["log_weights"][[0, 2]] != before["log_weights"][[0, 2]]).all()
-    assert (after["gradient_roots"][[0, 2]] > before["gradient_roots"][[0, 2]]).all()
+    assert (after["squared_gradients"][[0, 2]] > before["squared_gradients"][[0, 2]]).all()
     # The others share what they had: the weights still sum to one with the one that is absent.
     assert_close(after["log_weights"].exp().sum().item(), 1.0)
 
@@ -297,7 +297,7 @@ def test_its_gradients_are_summed_over_the_batch(feature_dim: int | None, scale:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(0.9)
-    assert_close(balancer.gradient_roots, alone.gradient_roots)
+    assert_close(balancer.squared_gradients, alone.squared_gradients)
 
 
 def test_batches_of_any_size() -> None:
@@ -305,7 +305,7 @@ def test_batches_of_any_size() -> None:
     model = pixel_model(balancer)
     for rows in (5, 1, 8):
         pixel_step(model, batch(rows))
-    assert balancer.gradient_roots.shape == (2, 48)
+    assert balancer.squared_gradients.shape == (2, 48)
 
 
 def test_images_of_any_size_by_feature() -> None:
@@ -313,7 +313,7 @@ def test_images_of_any_size_by_feature() -> None:
     model = pixel_model(balancer)
     for size in (4, 6, 3):
         pixel_step(model, batch(5, size))
-    assert balancer.gradient_roots.shape == (2, 3)
+    assert balancer.squared_gradients.shape == (2, 3)
 
 
 def test_images_of_another_size_are_refused_in_the_forward() -> None:
@@ -331,7 +331,7 @@ def test_images_of_another_size_are_refused_in_the_forward() -> None:
     model.train()
     balancer.reset()
     pixel_step(model, batch(5, 6))
-    assert balancer.gradient_roots.shape == (2, 108)
+    assert balancer.squared_gradients.shape == (2, 108)
 
 
 def test_a_missing_feature_dim_is_refused_in_the_forward() -> None:
@@ -365,7 +365,7 @@ def test_several_tensors_and_complex_ones() -> None:
     assert_close(sums.cpu(), torch.stack(expected))
     balancer, alone = ExcessMTL(), ExcessMTL()
     assert_close(balancer.weigh(gradients), alone.weigh(TaskGradients(sums)))
-    assert balancer.gradient_roots.shape == (2, 8)
+    assert balancer.squared_gradients.shape == (2, 8)
 
 
 def test_half_precision_gradients_are_summed_in_float32() -> None:
@@ -395,7 +395,7 @@ def test_with_a_fork_of_its_own() -> None:
         shared = fork(z, balancer, 2)
         shared.scalarize([alias.square().sum() * (task + step) for task, alias in enumerate(shared.aliases)]).backward()
         assert_close(z.grad, sum(w * (task + step) * 2 * z for task, w in enumerate(shared.task_weights)).detach())
-    assert balancer.gradient_roots.shape == (2, 32)
+    assert balancer.squared_gradients.shape == (2, 32)
 
 
 # ----------------------------------------------------------------------------------------------- arguments and state

@@ -1,0 +1,76 @@
+"""The command line's options, each refused at once if it cannot be."""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+
+from example.methods import BASELINE, METHODS
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        "python -m example",
+        description="Four tasks on flights, under every balancer and each alone. Ctrl-C ends it with what it has.",
+    )
+    add = parser.add_argument
+    add(
+        "--balancers",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="NAME",
+        help=f"by default all: {', '.join(METHODS)}; '{BASELINE}' trains each task alone",
+    )
+    add("--seeds", type=seed, nargs="+", default=[0, 1, 2], metavar="SEED", help="by default 0 1 2")
+    add("--epochs", type=positive, default=4, metavar="N", help="by default %(default)s")
+    add("--batch-size", type=positive, default=512, metavar="N", help="by default %(default)s")
+    add("--rows", type=positive, default=40_000, metavar="N", help="flights to draw, by default %(default)s")
+    add("--device", type=device, default="cpu", help="by default %(default)s")
+    add(
+        "--output",
+        type=folder,
+        default="example-results",
+        metavar="FOLDER",
+        help="where curves.png, weights.png, results.csv and weights.csv go; by default %(default)s",
+    )
+    return parser
+
+
+def positive(text: str) -> int:
+    """A number of things."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return number
+
+
+def seed(text: str) -> int:
+    """A seed that both torch and pandas take."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to {2**32 - 1}, got {text}")
+    return number
+
+
+def device(text: str) -> torch.device:
+    """A device that is there and computes."""
+    try:
+        torch.zeros(1, device=text).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch has no one error for it
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise argparse.ArgumentTypeError(f"cannot compute on {text!r}: {reason}") from error
+    return torch.device(text)
+
+
+def folder(text: str) -> Path:
+    """A folder that can be written to, made if need be: better known before the training than after it."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write to {text!r}: {error.strerror}") from error
+    return path
