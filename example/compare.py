@@ -61,6 +61,7 @@ def train(name: str, seed: int, training: Flights, validation: Flights, options:
             method.balancer(),
             training,
             validation,
+            balancer_lr=method.balancer_lr,
             epochs=options.epochs,
             batch_size=options.batch_size,
             seed=seed,

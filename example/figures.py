@@ -102,4 +102,4 @@ def finish(figure: Figure, title: str, num_seeds: int) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)

@@ -16,10 +16,12 @@ class Method:
     Attributes:
         balancer: makes the balancer of one network.
         groups: the tasks that share a network, for each network.
+        balancer_lr: the learning rate of what the balancer learns; that of the network is 1e-2.
     """
 
     balancer: Callable[[], Balancer]
     groups: Sequence[Sequence[str]] = (tuple(TASKS),)
+    balancer_lr: float = 1e-2
 
 
 # What the others are measured against.
@@ -38,5 +40,6 @@ METHODS: dict[str, Method] = {
     # One batch is too noisy a baseline, whence the warm-up; the step size is the one for more than some hundred steps.
     "excess-mtl": Method(lambda: ExcessMTL(robust_step_size=0.01, n_warmup_steps=50)),
     "grad-norm": Method(lambda: GradNorm(alpha=1.5)),
-    "rotograd": Method(lambda: RotoGrad(WIDTH)),
+    # Rotations must be the slow players: at the network's rate the heads cannot follow them.
+    "rotograd": Method(lambda: RotoGrad(WIDTH), balancer_lr=1e-3),
 }

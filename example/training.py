@@ -112,6 +112,7 @@ def fit(
     training: Flights,
     validation: Flights,
     *,
+    balancer_lr: float,
     epochs: int,
     batch_size: int,
     seed: int,
@@ -120,7 +121,7 @@ def fit(
     """Train a new network on these tasks and evaluate it after every epoch; the seed draws weights and order."""
     torch.manual_seed(seed)
     model = network(training.features.shape[1], tasks, balancer).to(training.features.device)
-    optimizer = torch.optim.Adam(model.param_groups(lr=1e-2, balancer_lr=1e-2), fused=True)
+    optimizer = torch.optim.Adam(model.param_groups(lr=1e-2, balancer_lr=balancer_lr), fused=True)
     batches = training.batches(batch_size, shuffle_seed=seed)
     # So short a training is mostly noise at its end unless the learning rate goes down to 0.
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(batches))
