@@ -224,7 +224,8 @@ class TestRun:
             noise = {task: torch.randn(len(part), generator=generator) for task in part.labels}
             return data.Flights(part.features, {**noise, "arr_delay": part.labels["arr_delay"]})
 
-        method, settings = methods.METHODS[methods.BASELINE], {"epochs": 1, "batch_size": 128, "seed": 0}
+        method = methods.METHODS[methods.BASELINE]
+        settings = {"balancer_lr": 0.01, "epochs": 1, "batch_size": 128, "seed": 0}
         trained, blind = (
             training.fit(["arr_delay"], method.balancer(), *parts, **settings)
             for parts in ((train, validation), (without_the_others(train), without_the_others(validation)))
