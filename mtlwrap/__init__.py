@@ -1,9 +1,13 @@
 """mtlwrap: train one PyTorch network on several tasks, with the tasks balanced in one ordinary backward pass."""
 
 from mtlwrap.balancers import (
+    DWA,
+    FAMO,
+    GLS,
     IMTL,
     IMTLG,
     IMTLL,
+    RLW,
     UW,
     Balancer,
     Compose,
@@ -16,6 +20,7 @@ from mtlwrap.balancers import (
     RotateOnly,
     RotoGrad,
     RotoGradNorm,
+    TorchJD,
 )
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.junction import Fork, fork
@@ -25,9 +30,13 @@ from mtlwrap.step import cached
 __version__ = "0.1.0"
 
 __all__ = [
+    "DWA",
+    "FAMO",
+    "GLS",
     "IMTL",
     "IMTLG",
     "IMTLL",
+    "RLW",
     "UW",
     "Balancer",
     "Compose",
@@ -44,6 +53,7 @@ __all__ = [
     "RotoGradNorm",
     "SingleTaskModel",
     "TaskGradients",
+    "TorchJD",
     "cached",
     "fork",
 ]

@@ -7,9 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from mtlwrap import (
+    DWA,
+    FAMO,
+    GLS,
     IMTL,
     IMTLG,
     IMTLL,
+    RLW,
     UW,
     Balancer,
     Compose,
@@ -28,15 +32,18 @@ from mtlwrap import (
 
 DEVICE = torch.device(os.environ.get("MTLWRAP_TEST_DEVICE", "cpu"))
 
-# Every balancer that is exported, by its class name.
+# Every balancer that is exported, by its class name; the adapter of TorchJD is as many as TorchJD has, and has the same
+# laws in its own test.
 METHODS = [
     name
     for name in balancers.__all__
-    if name not in ("by_name", "Compose") and getattr(balancers, name) not in (Balancer, GradientBalancer, LossBalancer)
+    if name not in ("by_name", "Compose", "TorchJD")
+    and getattr(balancers, name) not in (Balancer, GradientBalancer, LossBalancer)
 ]
 
 # What those need that have options without a default, for three tasks on make_backbone's representation.
 OPTIONS: dict[str, Callable[[], Balancer]] = {
+    "DWA": lambda: DWA(steps_per_epoch=2),
     "FixedWeights": lambda: FixedWeights([0.5, 2.0, 3.0]),
     "RotateOnly": lambda: RotateOnly(8),
     "RotoGrad": lambda: RotoGrad(8),
@@ -62,8 +69,15 @@ BALANCERS = {
     "rotograd": lambda: RotoGrad(8, burn_in_period=3),
     "rotograd-norm": lambda: RotoGradNorm(6, alpha=0.5, burn_in_period=3),
     "grad-norm": lambda: GradNorm(alpha=0.5),
+    "dwa": lambda: DWA(steps_per_epoch=1),
+    "famo": FAMO,
+    "gls": GLS,
+    "rlw": RLW,
     "compose": lambda: Compose(loss=UW(init=[0.25, -0.5, 0.125]), gradient=IMTLG(nonneg=True)),
 }
+
+# Those whose state follows the losses: a loss that is finite moves it, whatever its gradient is.
+FOLLOW_LOSSES = ("dwa", "famo", "rlw")
 
 TASKS = ("a", "b", "c")
 

@@ -169,10 +169,10 @@ def test_a_copy_shares_nothing(name: str) -> None:
 def test_double_reaches_everything(name: str) -> None:
     training = Training(name).train(range(2))
     training.model.double()
-    assert {t.dtype for t in training.model.state_dict().values()} == {torch.float64}
+    assert {t.dtype for t in training.model.state_dict().values() if t.is_floating_point()} == {torch.float64}
     training.model.backward(make_losses(training.model(training.batch(2).double())))
     assert training.model.task_weights is not None
-    assert {t.dtype for t in training.model.state_dict().values()} == {torch.float64}
+    assert {t.dtype for t in training.model.state_dict().values() if t.is_floating_point()} == {torch.float64}
 
 
 @every_balancer

@@ -2,22 +2,31 @@
 
 from mtlwrap.balancers.base import Balancer, GradientBalancer, LossBalancer
 from mtlwrap.balancers.compose import Compose
+from mtlwrap.balancers.dwa import DWA
 from mtlwrap.balancers.equal import EqualWeighting
 from mtlwrap.balancers.excess_mtl import ExcessMTL
+from mtlwrap.balancers.famo import FAMO
 from mtlwrap.balancers.fixed import FixedWeights
+from mtlwrap.balancers.gls import GLS
 from mtlwrap.balancers.grad_norm import GradNorm
 from mtlwrap.balancers.imtl import IMTL
 from mtlwrap.balancers.imtl_g import IMTLG
 from mtlwrap.balancers.imtl_l import IMTLL
+from mtlwrap.balancers.rlw import RLW
 from mtlwrap.balancers.rotate_only import RotateOnly
 from mtlwrap.balancers.roto_grad import RotoGrad
 from mtlwrap.balancers.roto_grad_norm import RotoGradNorm
+from mtlwrap.balancers.torch_jd import TorchJD
 from mtlwrap.balancers.uw import UW
 
 __all__ = [
+    "DWA",
+    "FAMO",
+    "GLS",
     "IMTL",
     "IMTLG",
     "IMTLL",
+    "RLW",
     "UW",
     "Balancer",
     "Compose",
@@ -30,6 +39,7 @@ __all__ = [
     "RotateOnly",
     "RotoGrad",
     "RotoGradNorm",
+    "TorchJD",
     "by_name",
 ]
 

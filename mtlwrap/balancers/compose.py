@@ -117,7 +117,8 @@ class Compose(Balancer):
                 f"{type(self).__name__} was made for {self.num_tasks} tasks, "
                 f"got a matrix of {gradients.num_tasks} rows."
             )
-        self.loss(losses.detach())  # for its checks of the losses
+        with torch.no_grad():  # for its checks of the losses; state that follows them shall move once
+            self.loss(losses.detach())
         # In float32 or wider, for a factor can be beyond half precision's range.
         values = losses.detach().to(torch.promote_types(losses.dtype, torch.float32)).requires_grad_()
         with torch.enable_grad():

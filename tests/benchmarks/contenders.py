@@ -88,11 +88,12 @@ def _plain(problem: Problem) -> Runner:
 
 # --------------------------------------------------------------------------------------------------------- mtlwrap
 
-# No methods: what the methods derive from, and the container of two.
-_NO_METHODS = {"Balancer", "Compose", "GradientBalancer", "LossBalancer"}
+# No methods: what the methods derive from, the container of two, and the adapter of many.
+_NO_METHODS = {"Balancer", "Compose", "GradientBalancer", "LossBalancer", "TorchJD"}
 # Values for the options that have no default, by the option's name.
 _REQUIRED: dict[str, Callable[[Problem], object]] = {
     "alpha": lambda problem: 1.5,
+    "steps_per_epoch": lambda problem: 100,
     "rotation_shape": lambda problem: problem.rotation.size,
     "weights": lambda problem: [1.0] * problem.num_tasks,
 }
