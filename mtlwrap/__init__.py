@@ -22,6 +22,7 @@ from mtlwrap.balancers import (
     RotoGradNorm,
     TorchJD,
 )
+from mtlwrap.exact import Parameters
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.junction import Fork, fork
 from mtlwrap.model import MultiTaskModel, SingleTaskModel
@@ -48,6 +49,7 @@ __all__ = [
     "GradientBalancer",
     "LossBalancer",
     "MultiTaskModel",
+    "Parameters",
     "RotateOnly",
     "RotoGrad",
     "RotoGradNorm",

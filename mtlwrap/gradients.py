@@ -66,6 +66,8 @@ class TaskGradients:
         losses: Tensor | None = None,
         scale: Tensor | None = None,
         loss_factors: Tensor | None = None,
+        *,
+        has_batch: bool = True,
     ) -> "TaskGradients":
         """From gradients as autograd hands them over.
 
@@ -75,10 +77,12 @@ class TaskGradients:
             losses: the tasks' losses, ``[T]``.
             scale: what the total was multiplied with, 0-dim; it is divided out of every answer.
             loss_factors: with what factor a loss balancer let each loss into the total, ``[T]``.
+            has_batch: whether the first dimension of each part is the batch; if not, the parts are vectors.
         """
         gradients = cls.__new__(cls)
         gradients._fill(parts, taking_part, losses, scale)
         gradients._loss_factors = loss_factors
+        gradients._has_batch = has_batch
         return gradients
 
     def _fill(

@@ -16,15 +16,18 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from mtlwrap.balancers.base import Balancer
+from mtlwrap.balancers.base import Balancer, select
+from mtlwrap.exact import Exact
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.losses import Losses, checked_auxiliary, collect
+from mtlwrap.probe import check_repeatable, check_whole, leads_elsewhere, pull_back
 from mtlwrap.step import Scope, current_scope
 from mtlwrap.structure import differentiable_tensors, replace_tensors
 from mtlwrap.surroundings import opaque, transforming, without_autocast
@@ -83,12 +86,32 @@ class Report:
 _MOST_PASSES = 64
 
 
+@dataclass
+class _Decision:
+    """What a balancer decided before the backward pass, for the forks to carry out.
+
+    Attributes:
+        shared: for each fork the gradient of each tensor of its representation.
+        own: the gradients of the balancer's own parameters, by name; the first fork returns them.
+        weights: the factor of each task's raw-loss gradient, ``[T]``.
+        gradients: what was weighed.
+        head_factors: with what factor each present task's loss enters its head, if not 1.
+    """
+
+    shared: "dict[_ForkState, list[Tensor | None]]"
+    own: dict[str, Tensor]
+    weights: Tensor | None
+    gradients: TaskGradients
+    head_factors: Tensor | None
+
+
 class _Order:
-    """What one ``scalarize`` tells the forks: who takes part, and the losses' values."""
+    """What one ``scalarize`` tells the forks: who takes part, the losses' values, what is decided already."""
 
     def __init__(self, taking_part: tuple[bool, ...]) -> None:
         self.taking_part = taking_part
         self.losses: Tensor | None = None
+        self.decision: _Decision | None = None
         # By graph task: several threads may run backward through one total.
         self.passes: dict[int, _Pass] = {}
 
@@ -127,6 +150,7 @@ class _ForkState:
         tensors: Sequence[Tensor],
         parameters: Iterable[str],
         together: bool,
+        exact: Exact | None,
     ) -> None:
         self.owner = weakref.ref(junction)
         self.balancer = balancer
@@ -137,11 +161,19 @@ class _ForkState:
         self.parameters = tuple(parameters)
         # Where nobody looks at the tasks' gradients they are added up as they arrive, at one output for all tasks.
         self.copies = 1 if together else len(tasks)
+        self.exact = exact
+        # The way from the representation to the backbone's parameters, without holding its values.
+        self.edges = [get_gradient_edge(tensor) for tensor in tensors]
         self._forms = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         self.scope = current_scope()
         self.spent = False
         self.node: weakref.ref[Any] | None = None
         self._passes: dict[int, _Pass] = {}
+
+    @property
+    def num_others(self) -> int:
+        """How many inputs the fork has behind the representation."""
+        return len(self.parameters) + (0 if self.exact is None else len(self.exact.parameters))
 
     def leave(self, running: _Pass) -> None:
         """Called by the scalar node: in this backward pass the fork balances."""
@@ -170,38 +202,98 @@ class _ForkState:
         if running is not None:
             factors = running.order.spread(running.loss_factors, 0.0)
             self.report.fill(None if factors is None else factors.double(), None, None)
-        return [*gradients, *[None] * len(self.parameters)]
+        return [*gradients, *[None] * self.num_others]
 
     def balance(self, parts: list[list[Tensor | None]], running: _Pass) -> list[Tensor | None]:
-        """As the balancer decides, the gradient of each tensor of the representation, then of each own parameter."""
+        """As the balancer decides, the gradients of the representation, of its own parameters, of shared parameters."""
         order = running.order
-        gradients = TaskGradients.from_parts(
-            self._completed(parts, order.taking_part),
+        if order.decision is not None:
+            return self._carry_out(order.decision, running.scale)
+        gradients = self._gradients(parts, running)
+        if self.exact is not None:
+            return self._balance_exactly(parts, gradients, running)
+        weights = decided_weights(self.balancer, gradients)
+        if weights is None:
+            shared = gradients.scaled(self.balancer.combine(gradients))
+        else:
+            shared = gradients.scaled_sum(weights)
+        self._report(weights, gradients)
+        return [*_where_read(shared, parts), *self._own(gradients, running.scale)]
+
+    def _balance_exactly(
+        self, parts: list[list[Tensor | None]], on_z: TaskGradients, running: _Pass
+    ) -> list[Tensor | None]:
+        """The same with the gradients on the shared parameters: the backbone's backward runs here, once per task.
+
+        Their weighted sum is handed to the parameters from here, unless the backbone's graph leads to something else
+        that wants a gradient: then one more pass is left to autograd.
+        """
+        exact = cast("Exact", self.exact)
+        schedule, taking_part = exact.schedule, running.order.taking_part
+        nothing: list[Tensor | None] = [None] * len(exact.parameters)
+        if schedule is not None and not schedule.is_due(taking_part):
+            weights = schedule.reuse(on_z.active)
+            self._report(weights, on_z)
+            shared = _where_read(on_z.scaled_sum(weights), parts)
+            return [*shared, *[None] * len(self.parameters), *nothing]
+        rows = [
+            pull_back(self.edges, [part[task] for part in parts], exact.parameters)
+            for task in (task for task, present in enumerate(taking_part) if present)
+        ]
+        gradients = exact.gradients(rows, taking_part, on_z, running.scale)
+        chosen = decided_weights(self.balancer, gradients)
+        if schedule is not None:
+            schedule.keep(_needed(chosen, self.balancer, "refresh_every"), taking_part)
+        self._report(chosen, gradients)
+        own = self._own(gradients, running.scale)
+        # With create_graph the derivative of the shared gradient is wanted, which these are not connected to.
+        if torch.is_grad_enabled() or leads_elsewhere(self.edges, exact.parameters):
+            weights = _needed(chosen, self.balancer, "a backbone whose input wants a gradient")
+            return [*_where_read(on_z.scaled_sum(weights), parts), *own, *nothing]
+        if chosen is None:
+            combined = gradients.scaled(self.balancer.combine(gradients))
+        else:
+            combined = gradients.scaled_sum(chosen)
+        return [*[None] * self.num_tensors, *own, *exact.shaped(combined, rows)]
+
+    def _carry_out(self, decision: _Decision, scale: Tensor) -> list[Tensor | None]:
+        first = self is next(iter(decision.shared))
+        own = {name: g * scale.to(g) for name, g in decision.own.items()} if first else {}
+        shared = [None if g is None else (g * scale.to(g.device)).to(g.dtype) for g in decision.shared[self]]
+        self.report.fill(decision.weights, decision.gradients, self.scope)
+        return [*shared, *map(own.get, self.parameters), *[None] * (self.num_others - len(self.parameters))]
+
+    def _gradients(self, parts: list[list[Tensor | None]], running: _Pass) -> TaskGradients:
+        order = running.order
+        return TaskGradients.from_parts(
+            self.completed(parts, order.taking_part),
             order.taking_part,
             order.spread(order.losses, torch.nan),
             running.scale,
             order.spread(running.loss_factors, 0.0),
         )
-        with torch.no_grad():
-            weights = self.balancer.weigh(gradients)
-        if weights is not None and not isinstance(weights, Tensor):
-            raise TypeError(
-                f"{type(self.balancer).__name__}.weigh: expected to return a tensor of shape [{self.num_tasks}] or "
-                f"None, got {type(weights).__name__}."
-            )
-        if weights is None:
-            shared = gradients.scaled(self.balancer.combine(gradients))
-        else:
-            shared = gradients.scaled_sum(weights)
-        # With what factor each *raw* loss's gradient entered: the balancer's weight times the loss's own factor.
-        raw = None if weights is None else weights.detach() * gradients.loss_factors.to(weights.device)
-        self.report.fill(raw, gradients, self.scope)
-        with torch.no_grad():
-            own = {name: g * running.scale.to(g) for name, g in self.balancer.own_gradients(gradients).items()}
-        read = [any(g is not None for g in part) for part in parts]
-        return [*(s if r else None for s, r in zip(shared, read, strict=True)), *map(own.get, self.parameters)]
 
-    def _completed(self, parts: list[list[Tensor | None]], taking_part: tuple[bool, ...]) -> list[list[Tensor | None]]:
+    def _own(self, gradients: TaskGradients, scale: Tensor) -> list[Tensor | None]:
+        with torch.no_grad():
+            own = {name: g * scale.to(g) for name, g in self.balancer.own_gradients(gradients).items()}
+        return list(map(own.get, self.parameters))
+
+    def _report(self, weights: Tensor | None, gradients: TaskGradients) -> None:
+        self.report.fill(raw_weights(weights, gradients), gradients, self.scope)
+
+    def feature_shapes(self) -> list[torch.Size]:
+        """The shape of each tensor of the representation but for the batch."""
+        return [shape[1:] for shape, _, _ in self._forms]
+
+    def outputs_of(self, task: int) -> list[GradientEdge]:
+        """Where the gradient of a task arrives, for each tensor of the representation."""
+        node = None if self.node is None else self.node()
+        if node is None or task not in self.tasks:
+            return []
+        first = self.tasks.index(task) * self.num_tensors if self.copies == len(self.tasks) else 0
+        return [GradientEdge(node, first + index) for index in range(self.num_tensors)]
+
+    def completed(self, parts: list[list[Tensor | None]], taking_part: tuple[bool, ...]) -> list[list[Tensor | None]]:
         """With zeros for a tensor that no task reads, so that the gradients' length is always the representation's."""
         completed = []
         for part, (shape, dtype, device) in zip(parts, self._forms, strict=True):
@@ -212,13 +304,40 @@ class _ForkState:
         return completed
 
 
+def decided_weights(balancer: Balancer, gradients: TaskGradients) -> Tensor | None:
+    """The balancer's weights, ``[T]``, or None where its decision is none."""
+    with torch.no_grad():
+        weights = balancer.weigh(gradients)
+    if weights is not None and not isinstance(weights, Tensor):
+        raise TypeError(
+            f"{type(balancer).__name__}.weigh: expected to return a tensor of shape [{gradients.num_tasks}] or "
+            f"None, got {type(weights).__name__}."
+        )
+    return weights
+
+
+def raw_weights(weights: Tensor | None, gradients: TaskGradients) -> Tensor | None:
+    """With what factor each *raw* loss's gradient entered: the balancer's weight times the loss's own factor."""
+    return None if weights is None else weights.detach() * gradients.loss_factors.to(weights.device)
+
+
+def _needed(weights: Tensor | None, balancer: Balancer, what: str) -> Tensor:
+    if weights is None:
+        raise ValueError(f"{what} needs a balancer that returns weights, which {type(balancer).__name__} does not.")
+    return weights
+
+
+def _where_read(shared: Sequence[Tensor], parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """The gradient of each tensor of the representation, nothing for one that no task reads."""
+    read = [any(gradient is not None for gradient in part) for part in parts]
+    return [gradient if r else None for gradient, r in zip(shared, read, strict=True)]
+
+
 class _ForkNode(torch.autograd.Function):
     """Forward: an alias of each tensor for each task. Backward: one gradient for each tensor."""
 
     @staticmethod
     def forward(state: _ForkState, *tensors: Tensor) -> tuple[Tensor, ...]:
-        # The balancer's parameters are among the inputs, behind the representation, so that whoever searches the
-        # graph of the predictions for the parameters in use (DDP) finds them.
         return tuple(alias(tensor) for _ in range(state.copies) for tensor in tensors[: state.num_tensors])
 
     @staticmethod
@@ -239,7 +358,7 @@ class _ForkNode(torch.autograd.Function):
         with without_autocast(_device_type(gradients)):
             if running is not None:
                 return (None, *state.balance(parts, running))
-            return (None, *map(_plain_sum, parts), *[None] * len(state.parameters))
+            return (None, *map(_plain_sum, parts), *[None] * state.num_others)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -268,6 +387,9 @@ class _LossesNode(torch.autograd.Function):
         running = ctx.order.passes.pop(_graph_task_id(), None)
         if running is not None:
             running.loss_factors = gradient.detach() / torch.where(running.scale == 0, 1.0, running.scale)
+            decision = running.order.decision
+            if decision is not None and decision.head_factors is not None:
+                gradient = gradient * decision.head_factors.to(gradient)
         returned = zip(gradient.unbind(), ctx.like, strict=True)
         return (None, *(g.to(dtype=dtype, device=device) for g, (dtype, device) in returned))
 
@@ -298,8 +420,9 @@ class Junction:
     It does not know the model and holds no tensor of a graph.
     """
 
-    def __init__(self, tasks: Sequence[str]) -> None:
+    def __init__(self, tasks: Sequence[str], weigh_heads: bool = False) -> None:
         self.tasks = tuple(tasks)
+        self.weigh_heads = weigh_heads
         self.report = Report()
         # The last forward under gradients: True if it forked, False if its representation needed no gradient.
         self._forked: bool | None = None
@@ -311,17 +434,21 @@ class Junction:
         self._trusted: set[int] = set()
         # Tasks whose head was seen to detach the representation, next to others that do not.
         self._detached: set[int] = set()
+        # Whether the graph of exact gradients was looked at.
+        self._seen_exact = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Forks belong to graphs, and a copy of a model has none yet.
-        return {"tasks": self.tasks, "report": self.report}
+        return {"tasks": self.tasks, "weigh_heads": self.weigh_heads, "report": self.report}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["tasks"])  # type: ignore[misc]
+        self.__init__(state["tasks"], state["weigh_heads"])  # type: ignore[misc]
         self.report = state["report"]
 
     @opaque
-    def fork(self, representation: Any, balancer: Balancer, tasks: Sequence[int]) -> list[Any]:
+    def fork(
+        self, representation: Any, balancer: Balancer, tasks: Sequence[int], exact: Exact | None = None
+    ) -> list[Any]:
         """An alias of the representation for each of ``tasks``: the same values, safe from each other's writes."""
         tensors = differentiable_tensors(representation)
         if not tensors:
@@ -335,23 +462,26 @@ class Junction:
             )
         forked = [t for t in tensors if t.requires_grad] if torch.is_grad_enabled() else []
         self._device = tensors[0].device
-        own = self._through_node(forked, balancer, tuple(tasks))
+        own = self._through_node(forked, balancer, tuple(tasks), exact)
         if torch.is_grad_enabled():
             self._forked = bool(forked)
         return _each_its_own(representation, tensors[0], own, balancer, tasks)
 
     def _through_node(
-        self, tensors: list[Tensor], balancer: Balancer, tasks: tuple[int, ...]
+        self, tensors: list[Tensor], balancer: Balancer, tasks: tuple[int, ...], exact: Exact | None
     ) -> list[dict[int, Tensor]]:
         if not tensors:
             return [{} for _ in tasks]
         if balancer.training and not transforming():
-            balancer.prepare(tensors)
+            balancer.prepare(tensors) if exact is None else exact.prepare(balancer)
         parameters = {name: p for name, p in balancer.named_parameters() if p.requires_grad}
         # Once each task was seen to read its own head: what the outputs tell apart is needed for that check.
         together = not balancer.sees_gradients and current_scope() is None and self._trusted.issuperset(tasks)
-        state = _ForkState(self, balancer, tasks, tensors, parameters, together)
-        outputs = _ForkNode.apply(state, *tensors, *parameters.values())
+        state = _ForkState(self, balancer, tasks, tensors, parameters, together, exact)
+        # Among the inputs, behind the representation, is whatever else gets its gradient from here; so whoever searches
+        # the graph of the predictions for the parameters in use (DDP) finds it.
+        others = (*parameters.values(), *(() if exact is None else exact.parameters))
+        outputs = _ForkNode.apply(state, *tensors, *others)
         with self._lock:
             self._alive.append(weakref.ref(state))
             if len(self._alive) > self._prune_at:  # forwards that are never scalarized
@@ -384,18 +514,98 @@ class Junction:
         if not chosen:  # a batch without a label: backward works and does nothing
             total = torch.zeros((), device=self._device, requires_grad=True)
             return total if auxiliary is None else total + auxiliary
-        forks = self._forks_of(losses, taking_part)
-        if auxiliary is not None:
-            self._check_auxiliary(auxiliary, forks)
+        forks, joint = self._forks_of(losses, taking_part)
+        self._check_exact(forks)
+        aside = auxiliary if auxiliary is not None and self._reaches(auxiliary, forks) else None
         if balancer.training and not transforming():
             balancer.constrain()
         order = _Order(taking_part)
-        total = balancer.scalarize(_LossesNode.apply(order, *chosen), tasks)
+        vector = _LossesNode.apply(order, *chosen)
+        total = balancer.scalarize(vector, tasks)
         if not isinstance(total, Tensor) or total.dim() != 0:
             shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
             raise ValueError(f"{type(balancer).__name__}.scalarize: expected to return a 0-dim tensor, got {shape}.")
+        if (balancer.sees_gradients and forks and (joint or self.weigh_heads)) or aside is not None:
+            (factors,) = torch.autograd.grad(total, vector, retain_graph=True)
+            order.decision = self._decide(order, losses, factors, forks, balancer, aside)
         total = cast("Tensor", _ScalarNode.apply(order, forks, total))
         return total if auxiliary is None else total + auxiliary
+
+    def _decide(
+        self,
+        order: _Order,
+        losses: Sequence[Tensor | None],
+        factors: Tensor,
+        forks: Sequence[_ForkState],
+        balancer: Balancer,
+        auxiliary: Tensor | None,
+    ) -> _Decision:
+        """Decide before the backward pass, from gradients that are asked for through the heads alone.
+
+        Several batches meet nowhere in the graph, heads cannot be weighed before the weights are known, and what an
+        auxiliary loss sends through the heads must be told apart.
+        """
+        taking_part = order.taking_part
+        present = [task for task, is_present in enumerate(taking_part) if is_present]
+        arrived = {fork: fork.by_task([None] * (len(fork.tasks) * fork.num_tensors)) for fork in forks}
+        for task, factor in zip(present, factors.detach().unbind(), strict=True):
+            loss = cast("Tensor", losses[task])
+            at = [(fork, index, edge) for fork in forks for index, edge in enumerate(fork.outputs_of(task))]
+            found = _probed([loss], [factor.to(loss)], [edge for _, _, edge in at])
+            for (fork, index, _), gradient in zip(at, found, strict=True):
+                arrived[fork][index][task] = gradient
+        known = (taking_part, order.spread(order.losses, torch.nan), None, order.spread(factors.detach(), 0.0))
+        on_z = {
+            fork: TaskGradients.from_parts(fork.completed(parts, taking_part), *known)
+            for fork, parts in arrived.items()
+        }
+        weights, gradients = self._weigh_jointly(arrived, on_z, known, balancer)
+        if weights is None:
+            if len(forks) > 1 or self.weigh_heads or forks[0].exact is not None:
+                _needed(weights, balancer, "a decision before the backward pass")
+            combined = {forks[0]: gradients.scaled(balancer.combine(gradients))}
+        else:
+            combined = {fork: seen.scaled_sum(weights) for fork, seen in on_z.items()}
+        shared = {fork: _where_read(combined[fork], parts) for fork, parts in arrived.items()}
+        if auxiliary is not None:
+            for fork in forks:
+                _add_auxiliary(auxiliary, fork, shared[fork])
+        head_factors = None
+        if self.weigh_heads and balancer.sees_gradients:
+            # Never a negative weight on a loss of a head, which would train it uphill.
+            head_factors = select(cast("Tensor", weights).detach().clamp(min=0.0), present)
+        with torch.no_grad():
+            own = balancer.own_gradients(gradients)
+        return _Decision(shared, own, raw_weights(weights, gradients), gradients, head_factors)
+
+    def _weigh_jointly(
+        self,
+        arrived: dict[_ForkState, list[list[Tensor | None]]],
+        on_z: dict[_ForkState, TaskGradients],
+        known: tuple[tuple[bool, ...], Tensor | None, None, Tensor | None],
+        balancer: Balancer,
+    ) -> tuple[Tensor | None, TaskGradients]:
+        """The balancer's weights for gradients from one batch or several, and the gradients that it saw."""
+        (first, seen), taking_part = next(iter(on_z.items())), known[0]
+        if first.exact is None:
+            if len(on_z) > 1:
+                seen = TaskGradients.from_parts(_summed_over_batches(arrived, self.tasks), *known)
+            return decided_weights(balancer, seen), seen
+        schedule = first.exact.schedule
+        if schedule is not None and not schedule.is_due(taking_part):
+            return schedule.reuse(seen.active), seen
+        rows = []
+        for task in (task for task, is_present in enumerate(taking_part) if is_present):
+            found = [
+                _probed(fork.edges, [part[task] for part in parts], first.exact.parameters)
+                for fork, parts in arrived.items()
+            ]
+            rows.append([_plain_sum(of_parameter) for of_parameter in zip(*found, strict=True)])
+        seen = first.exact.gradients(rows, taking_part, seen, None)
+        weights = decided_weights(balancer, seen)
+        if schedule is not None:
+            schedule.keep(_needed(weights, balancer, "refresh_every"), taking_part)
+        return weights, seen
 
     def _living(self) -> list[_ForkState]:
         """The forks whose graph can still be run backward."""
@@ -404,8 +614,10 @@ class Junction:
             self._alive = [weakref.ref(state) for state in states]
         return [state for state in states if not state.spent and state.node is not None and state.node() is not None]
 
-    def _forks_of(self, losses: Sequence[Tensor | None], taking_part: tuple[bool, ...]) -> list[_ForkState]:
-        """The forks that these losses came from.
+    def _forks_of(
+        self, losses: Sequence[Tensor | None], taking_part: tuple[bool, ...]
+    ) -> tuple[list[_ForkState], bool]:
+        """The forks that these losses came from, and whether different tasks came from different ones.
 
         Usually a single fork is alive, and the first loss leads to it: then it is that one. Where several are alive,
         or a task comes for the first time, the graph is walked from every loss.
@@ -414,15 +626,15 @@ class Junction:
         present = [task for task, present in enumerate(taking_part) if present]
         unknown = [task for task in present if task not in self._trusted]
         if len(living) == 1 and not unknown and _Walk(losses[present[0]], self, to_first=True).reached:
-            return living
+            return living, False
         walks = {task: _Walk(losses[task], self) for task in present}
-        forks = self._common_forks(walks)
+        forks, joint = self._common_forks(walks)
         for task in unknown:
             self._check_reads_own_head(task, losses[task], walks[task])
         self._trusted.update(unknown)
-        return forks
+        return forks, joint
 
-    def _common_forks(self, walks: "dict[int, _Walk]") -> list[_ForkState]:
+    def _common_forks(self, walks: "dict[int, _Walk]") -> tuple[list[_ForkState], bool]:
         for task, walk in walks.items():
             if walk.foreign and not walk.reached:
                 raise ValueError(
@@ -432,7 +644,7 @@ class Junction:
         if not reached:
             # A frozen backbone, or only heads that detach: nothing to balance, the losses still are.
             if self._forked is False or self._detached.issuperset(walks):
-                return []
+                return [], False
             raise ValueError(
                 "No loss depends on a representation of this model: scalarize and backward need losses computed from "
                 "the predictions of a forward with gradients enabled. "
@@ -440,16 +652,25 @@ class Junction:
                 + " (A forward inside torch.no_grad, inference_mode or a reentrant checkpoint does not count.)"
             )
         self._detached.update(walks.keys() - reached.keys())
-        first_task, first = next(iter(reached.items()))
-        for task, forks in reached.items():
-            if forks != first:
+        together = {fork: None for forks in reached.values() for fork in forks}  # in order, unlike a set
+        self._check_batches(reached, list(together))
+        return list(together), len(set(reached.values())) > 1
+
+    def _check_batches(self, reached: dict[int, frozenset[_ForkState]], forks: Sequence[_ForkState]) -> None:
+        """Refuse losses of different forwards, unless each forward ran just the heads of its own tasks."""
+        for task, own in reached.items():
+            for other, theirs in reached.items():
+                missed = [fork for fork in forks if fork in theirs and fork not in own and task in fork.tasks]
+                if not missed:
+                    continue
+                first, second = sorted((task, other))
                 raise ValueError(
-                    f"The losses come from different forwards: that of task {self.tasks[first_task]!r} and that of "
-                    f"task {self.tasks[task]!r} do not depend on the same one. Expected the losses of one call of "
-                    "scalarize to come from the same forward (or, added up, from the same forwards); to compare two "
-                    "batches in a loss, concatenate them into one forward, or detach one side."
+                    f"The losses come from different forwards: that of task {self.tasks[first]!r} and that of task "
+                    f"{self.tasks[second]!r} do not depend on the same one, though both ran the head of "
+                    f"{self.tasks[task]!r}. For tasks with batches of their own say which heads a forward is for, "
+                    "model(x, tasks=...); to compare two batches in a loss, concatenate them into one forward, or "
+                    "detach one side."
                 )
-        return list(first)
 
     def _check_reads_own_head(self, task: int, loss: Tensor | None, walk: "_Walk") -> None:
         """Refuse a loss that has a gradient on the alias of another task.
@@ -472,14 +693,20 @@ class Junction:
                     + ("Detach the other prediction." if reads_own else f"Are the losses in order, {self.tasks}?")
                 )
 
-    def _check_auxiliary(self, auxiliary: Tensor, forks: Sequence[_ForkState]) -> None:
-        # One that comes from another forward is added there as it is.
-        if auxiliary.requires_grad and not _Walk(auxiliary, self).reached.keys().isdisjoint(forks):
-            raise ValueError(
-                "auxiliary depends on the representation through the heads, where its gradient would be balanced as "
-                "if it were the tasks'. Expected a term that does not (a penalty on parameters, say); add this one to "
-                "the loss of the task whose prediction it reads."
-            )
+    def _reaches(self, auxiliary: Tensor, forks: Sequence[_ForkState]) -> bool:
+        """Whether an auxiliary loss sends gradients through the heads of these forwards, if they are told apart."""
+        if not auxiliary.requires_grad or all(fork.copies < len(fork.tasks) for fork in forks):
+            return False
+        return not _Walk(auxiliary, self).reached.keys().isdisjoint(forks)
+
+    def _check_exact(self, forks: Sequence[_ForkState]) -> None:
+        """Refuse what cannot be run backward once per task; once, for the graphs of a training are all alike."""
+        if self._seen_exact or not any(fork.exact is not None for fork in forks):
+            return
+        for fork in forks:
+            check_whole(cast("Exact", fork.exact).parameters)
+            check_repeatable(fork.edges)
+        self._seen_exact = True
 
 
 class _Walk:
@@ -659,6 +886,58 @@ def _plain_sum(part: Sequence[Tensor | None]) -> Tensor | None:
         if gradient is not None:
             total = gradient if total is None else total + gradient
     return total
+
+
+def _probed(
+    outputs: Sequence[Tensor | GradientEdge],
+    gradients: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | GradientEdge],
+) -> list[Tensor | None]:
+    try:
+        return pull_back(outputs, gradients, inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            "Batches of their own per task, weigh_heads=True and an auxiliary loss that reads predictions need the "
+            f"gradients before the backward pass, which the heads do not allow: {error}"
+        ) from error
+
+
+def _add_auxiliary(auxiliary: Tensor, fork: _ForkState, shared: list[Tensor | None]) -> None:
+    """Add the gradient that an auxiliary loss sends through the heads, as it is."""
+    edges = [edge for task in fork.tasks for edge in fork.outputs_of(task)]
+    found = _probed([auxiliary], [torch.ones_like(auxiliary)], edges)
+    for index in range(fork.num_tensors):
+        shared[index] = _plain_sum([*found[index :: fork.num_tensors], shared[index]])
+
+
+def _summed_over_batches(
+    arrived: dict[_ForkState, list[list[Tensor | None]]], tasks: Sequence[str]
+) -> list[list[Tensor | None]]:
+    """The tasks' gradients of several batches, summed over each: those on an offset of the representation.
+
+    Raises:
+        ValueError: the batches' representations differ in more than the number of samples.
+    """
+    forms = {tuple(tuple(form) for form in fork.feature_shapes()): fork for fork in arrived}
+    if len(forms) > 1:
+        listed = "; ".join(
+            f"{', '.join(repr(tasks[task]) for task in fork.tasks)}: {list(form)}" for form, fork in forms.items()
+        )
+        raise ValueError(
+            f"To balance batches jointly their representations must agree in all but the number of samples, got "
+            f"{listed}."
+        )
+    count = next(iter(arrived)).num_tensors
+    return [
+        [_plain_sum([_batch_sum(parts[index][task]) for parts in arrived.values()]) for task in range(len(tasks))]
+        for index in range(count)
+    ]
+
+
+def _batch_sum(gradient: Tensor | None) -> Tensor | None:
+    return gradient if gradient is None or gradient.dim() == 0 else gradient.sum(0, keepdim=True)
 
 
 def _vector(losses: Sequence[Tensor]) -> Tensor:

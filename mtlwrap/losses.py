@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-Losses = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
+# One loss, several that are added up, or none.
+Loss = Tensor | Sequence[Tensor | None] | None
+Losses = Tensor | Sequence[Loss] | Mapping[str, Loss]
 
 
 def collect(losses: Losses, tasks: Sequence[str]) -> list[Tensor | None]:
@@ -15,7 +17,7 @@ def collect(losses: Losses, tasks: Sequence[str]) -> list[Tensor | None]:
         ValueError: number or names do not fit the tasks, or a loss is not 0-dim.
     """
     if isinstance(losses, Mapping):
-        given = _by_name(losses, tasks)
+        given: list[Loss] = _by_name(losses, tasks)
     elif isinstance(losses, Tensor):
         if losses.dim() != 1 or losses.shape[0] != len(tasks):
             raise ValueError(
@@ -32,10 +34,7 @@ def collect(losses: Losses, tasks: Sequence[str]) -> list[Tensor | None]:
         given = list(losses)
     else:
         raise TypeError(f"losses: expected a list, a dict by task name or a 1-D tensor, got {type(losses).__name__}.")
-    for task, loss in zip(tasks, given, strict=True):
-        if loss is not None:
-            _check(loss, f"The loss of task {task!r}")
-    return given
+    return [_single(loss, f"The loss of task {task!r}") for task, loss in zip(tasks, given, strict=True)]
 
 
 def checked_auxiliary(auxiliary: Tensor | None) -> Tensor | None:
@@ -50,7 +49,21 @@ def checked_auxiliary(auxiliary: Tensor | None) -> Tensor | None:
     return auxiliary
 
 
-def _by_name(losses: Mapping[str, Tensor | None], tasks: Sequence[str]) -> list[Tensor | None]:
+def _single(loss: Loss, what: str) -> Tensor | None:
+    """The loss of a task, of several their sum."""
+    if loss is None or isinstance(loss, Tensor):
+        if loss is not None:
+            _check(loss, what)
+        return loss
+    if not isinstance(loss, list | tuple):
+        raise TypeError(f"{what}: expected a tensor, several in a list, or None, got {type(loss).__name__}.")
+    present = [part for part in loss if part is not None]
+    for part in present:
+        _check(part, what)
+    return sum(present[1:], start=present[0]) if present else None
+
+
+def _by_name(losses: Mapping[str, Loss], tasks: Sequence[str]) -> list[Loss]:
     unknown = [name for name in losses if name not in tasks]
     if unknown:
         raise ValueError(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlwrap.balancers import Balancer, EqualWeighting, by_name
+from mtlwrap.exact import Exact, Parameters, Schedule
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.heads import Heads
 from mtlwrap.junction import Junction, aliases, without_fork
@@ -35,7 +36,12 @@ class MultiTaskModel(nn.Module):
             disturb the others.
         heads: a module per task, in a sequence or in a mapping by task name. The container is not changed.
         balancer: a balancer, the name of one (``"imtl"``), or None for equal weighting.
-        gradients: with respect to what the tasks' gradients are compared: ``"representation"``.
+        gradients: with respect to what the tasks' gradients are compared: ``"representation"``; or
+            ``"parameters"``, the shared ones themselves, at the cost of the backbone's backward per task; or
+            :class:`Parameters` with options.
+        weigh_heads: whether a gradient balancer's weights reach the heads too, as in the weighted objective
+            :math:`\sum_t \alpha_t L_t` of some papers; a negative weight counts 0 there. The heads are then run
+            backward twice. The value of the total is still the sum of the losses.
 
     Attributes:
         backbone: the shared module.
@@ -67,6 +73,7 @@ class MultiTaskModel(nn.Module):
     backbone: nn.Module
     heads: Heads
     balancer: Balancer
+    schedule: Schedule | None
 
     def __init__(
         self,
@@ -74,17 +81,24 @@ class MultiTaskModel(nn.Module):
         heads: Sequence[nn.Module] | Mapping[str, nn.Module],
         balancer: Balancer | str | None = None,
         *,
-        gradients: str = "representation",
+        gradients: str | Parameters = "representation",
+        weigh_heads: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(backbone, nn.Module):
             raise TypeError(f"backbone: expected a torch.nn.Module, got {type(backbone).__name__}.")
-        if gradients != "representation":
-            raise ValueError(f"gradients: expected 'representation', got {gradients!r}.")
+        if gradients not in ("representation", "parameters") and not isinstance(gradients, Parameters):
+            raise ValueError(
+                f"gradients: expected 'representation', 'parameters' or Parameters(...), got {gradients!r}."
+            )
         self.backbone = backbone
         self.heads = Heads(heads)
+        self._exact = Parameters() if gradients == "parameters" else gradients
+        self.schedule = None
+        if isinstance(self._exact, Parameters) and self._exact.refresh_every > 1:
+            self.schedule = Schedule(len(self.heads), self._exact.refresh_every)
         self.balancer = balancer  # type: ignore[assignment]  # __setattr__ makes it one
-        self._junction = Junction(self.heads.tasks)
+        self._junction = Junction(self.heads.tasks, bool(weigh_heads))
         self._watch = Watch()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -132,7 +146,7 @@ class MultiTaskModel(nn.Module):
         if _is_captured():
             own = without_fork(representation, self.balancer, chosen)  # nothing to balance: no break in the graph
         else:
-            own = self._junction.fork(representation, self.balancer, chosen)
+            own = self._junction.fork(representation, self.balancer, chosen, self._shared())
         predictions = {self.tasks[task]: self.heads[task](z) for task, z in zip(chosen, own, strict=True)}
         return predictions if self.heads.named else [predictions.get(task) for task in self.tasks]
 
@@ -258,12 +272,20 @@ class MultiTaskModel(nn.Module):
         if not isinstance(made, Balancer):
             what = f"the class {made.__name__}" if isinstance(made, type) else type(made).__name__
             raise TypeError(f"balancer: expected a balancer object, the name of one or None, got {what}.")
+        if made.transforms and isinstance(self._exact, Parameters):
+            raise ValueError(f"{type(made).__name__} balances gradients on the representation, not on parameters.")
         made.bind(len(self.heads))
         # It comes to where the model already is; a later model.to(...) moves both.
         example = next(self.backbone.parameters(), None)
         if example is not None and any(t.device != example.device for t in (*made.parameters(), *made.buffers())):
             made.to(example.device)
         return made
+
+    def _shared(self) -> Exact | None:
+        """The parameters to balance the gradients on, if that is not the representation."""
+        if not isinstance(self._exact, Parameters):
+            return None
+        return Exact([p for p in self.backbone.parameters() if p.requires_grad], self.schedule)
 
     def _positions(self, tasks: int | str | Iterable[int | str] | None) -> list[int]:
         if tasks is None:

@@ -48,7 +48,8 @@ class Rotations(nn.Module):
     @torch.no_grad()
     def settle(self) -> None:
         """Take the rotations of now as the base for the next step."""
-        self.base.copy_(self.matrices())
+        # A new tensor: graphs of earlier forwards, which may still be run backward, hold the old one.
+        self.base = self.matrices()
         self.anchor.copy_(self.angles)
 
     @torch.no_grad()

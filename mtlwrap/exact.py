@@ -1,0 +1,136 @@
+"""Gradients with respect to the shared parameters themselves, rather than the representation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from mtlwrap.balancers.base import Balancer
+from mtlwrap.gradients import TaskGradients
+from mtlwrap.state import WideBuffers
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Balance the tasks' gradients with respect to the shared parameters: ``MultiTaskModel(gradients=Parameters())``.
+
+    These are the gradients that the papers of gradient balancers speak of, and that TorchJD takes. Each step that
+    weighs anew runs the backbone's backward once per task, within the one ordinary backward pass, and holds T
+    gradients of the size of the shared parameters. ``gradients="parameters"`` is short for it.
+
+    Args:
+        refresh_every: weigh anew in every k-th step only, and whenever a task comes that had no part in the last
+            weighing; the steps between use the last weights, at the cost of a plain backward. Needs a balancer that
+            returns weights.
+
+    Raises:
+        TypeError, ValueError: ``refresh_every`` is no positive int.
+
+    Example:
+        >>> from torch import nn
+        >>> from mtlwrap import MultiTaskModel
+        >>> heads = [nn.Linear(3, 1), nn.Linear(3, 1)]
+        >>> model = MultiTaskModel(nn.Linear(2, 3), heads, "imtl-g", gradients=Parameters(refresh_every=10))
+    """
+
+    refresh_every: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.refresh_every, bool) or not isinstance(self.refresh_every, int):
+            raise TypeError(f"refresh_every: expected an int, got {self.refresh_every!r}.")
+        if self.refresh_every < 1:
+            raise ValueError(f"refresh_every: expected at least 1, got {self.refresh_every}.")
+
+
+class Schedule(WideBuffers):
+    """When to weigh anew, and the weights until then: state of a training, though not of the balancer.
+
+    The host decides, so it keeps a copy of what the buffers say, which it reads again after they were loaded.
+
+    Attributes:
+        weights: ``[T]``, ones before the first weighing.
+        known: which tasks had a part in the last weighing, ``[T]``.
+        steps: how many steps ago that was; 0 before the first.
+    """
+
+    weights: Tensor
+    known: Tensor
+    steps: Tensor
+
+    def __init__(self, num_tasks: int, refresh_every: int) -> None:
+        super().__init__()
+        self.refresh_every = refresh_every
+        self.register_buffer("weights", torch.ones(num_tasks))
+        self.register_buffer("known", torch.zeros(num_tasks, dtype=torch.bool))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._on_host: tuple[int, tuple[bool, ...]] | None = None
+        self.register_load_state_dict_post_hook(_forget)
+
+    def is_due(self, taking_part: Sequence[bool]) -> bool:
+        """Whether this step weighs anew."""
+        if self._on_host is None:
+            self._on_host = int(self.steps), tuple(self.known.tolist())
+        steps, known = self._on_host
+        strangers = any(present and not k for present, k in zip(taking_part, known, strict=True))
+        return steps == 0 or steps >= self.refresh_every or strangers
+
+    def keep(self, weights: Tensor, taking_part: Sequence[bool]) -> None:
+        """Note a weighing; weights that are not finite are not kept."""
+        weights = weights.detach().to(self.weights)
+        self.weights.copy_(torch.where(weights.isfinite().all(), weights, self.weights))
+        for task, present in enumerate(taking_part):
+            self.known[task] = present  # a fill on the device
+        self.steps.fill_(1)
+        self._on_host = 1, tuple(taking_part)
+
+    def reuse(self, active: Tensor) -> Tensor:
+        """The weights of the last weighing, for the tasks that take part."""
+        steps, known = self._on_host or (int(self.steps), tuple(self.known.tolist()))
+        self._on_host = steps + 1, known
+        self.steps.add_(1)
+        return torch.where(active, self.weights.to(active.device), 0.0)
+
+
+def _forget(schedule: Schedule, _: object) -> None:
+    schedule._on_host = None
+
+
+class Exact:
+    """What a fork needs to balance the gradients on the shared parameters, rather than those on the representation."""
+
+    def __init__(self, parameters: Sequence[Tensor], schedule: Schedule | None) -> None:
+        self.parameters = tuple(parameters)
+        self.schedule = schedule
+
+    def gradients(
+        self,
+        rows: Sequence[Sequence[Tensor | None]],
+        taking_part: tuple[bool, ...],
+        on_z: TaskGradients,
+        scale: Tensor | None,
+    ) -> TaskGradients:
+        """The task gradients made of a row for each task that takes part, with an entry per parameter."""
+        remaining = iter(rows)
+        by_task = [next(remaining) if present else [None] * len(self.parameters) for present in taking_part]
+        first = taking_part.index(True)
+        parts = []
+        for index, parameter in enumerate(self.parameters):
+            part = [None if row[index] is None else cast("Tensor", row[index]).reshape(-1) for row in by_task]
+            if all(gradient is None for gradient in part):
+                part[first] = parameter.detach().new_zeros(()).expand(parameter.numel())
+            parts.append(part)
+        return TaskGradients.from_parts(parts, taking_part, on_z.losses, scale, on_z.loss_factors, has_batch=False)
+
+    def shaped(self, shared: Sequence[Tensor], rows: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+        """The shared gradient in the parameters' shapes; nothing for one that no task reaches."""
+        reached = [any(row[index] is not None for row in rows) for index in range(len(self.parameters))]
+        return [
+            gradient.reshape(parameter.shape) if r else None
+            for gradient, parameter, r in zip(shared, self.parameters, reached, strict=True)
+        ]
+
+    def prepare(self, balancer: Balancer) -> None:
+        """Have the balancer allocate its state for gradients of this size."""
+        balancer.prepare([parameter.detach().reshape(1, -1) for parameter in self.parameters])

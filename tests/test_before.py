@@ -1,0 +1,285 @@
+"""What is decided before the backward pass: batches of their own per task, weighed heads, auxiliary losses that read
+predictions; and several losses to a task. Against brute force."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from mtlwrap import (
+    IMTLG,
+    UW,
+    Compose,
+    EqualWeighting,
+    ExcessMTL,
+    GradientBalancer,
+    MultiTaskModel,
+    Parameters,
+    RotoGrad,
+    TaskGradients,
+    cached,
+)
+from tests.balancers.zoo import paper_weights
+from tests.common import DEVICE, grads, make_backbone, make_heads, make_input, make_losses
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def make_model(balancer: Any, **options: Any) -> MultiTaskModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = MultiTaskModel(make_backbone(), make_heads(), balancer, **options)
+    return model.to(device=DEVICE, dtype=torch.float64)
+
+
+class Given(GradientBalancer):
+    """These weights, one of them negative."""
+
+    def weigh(self, gradients: TaskGradients) -> Tensor:
+        weights = torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64, device=gradients.active.device)
+        return torch.where(gradients.active, weights, 0.0)
+
+
+def by_task(model: MultiTaskModel, inputs: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """For each task, from its own batch: gradients on z, on the shared parameters, on its head's."""
+    found = {}
+    for task, x in inputs.items():
+        z = model.backbone(x)
+        loss = make_losses({task: model.heads[task](z.clone())})[task]
+        shared, head = list(model.shared_parameters()), list(model.heads[task].parameters())
+        on_z, *rest = torch.autograd.grad(loss, [z, *shared, *head])
+        found[task] = {"z": on_z, "shared": rest[: len(shared)], "head": rest[len(shared) :]}
+    return found
+
+
+def weighted(found: dict[str, dict[str, Any]], weights: Any) -> list[Tensor]:
+    rows = [task["shared"] for task in found.values()]
+    return [sum(w * g for w, g in zip(weights, gs, strict=True)) for gs in zip(*rows, strict=True)]
+
+
+BATCHES = {"a": (1, 6), "b": (2, 3), "c": (2, 3)}
+
+
+def batches() -> dict[str, Tensor]:
+    return {task: make_input(seed, rows=rows) for task, (seed, rows) in BATCHES.items()}
+
+
+def joint_losses(model: MultiTaskModel) -> dict[str, Tensor]:
+    """Task a has a batch of six, b and c share one of three."""
+    x = batches()
+    return make_losses({**model(x["a"], tasks="a"), **model(x["b"], tasks=["b", "c"])})
+
+
+# -------------------------------------------------------------------------------------------------- batches per task
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize(
+    ("make", "factor"), [(IMTLG, 1.0), (lambda: Compose(loss=UW(), gradient=IMTLG()), 0.5), (EqualWeighting, 1.0)]
+)
+def test_batches_of_their_own_are_balanced_jointly(make: Any, factor: float, scale: float) -> None:
+    model = make_model(make())
+    found = by_task(model, batches())
+    sums = torch.stack([factor * task["z"].sum(0) for task in found.values()])
+    alpha = paper_weights(sums).to(DEVICE) if make is not EqualWeighting else torch.ones(3, device=DEVICE).double()
+    for _ in range(2):  # the first time the losses are checked
+        model.zero_grad()
+        (scale * model.scalarize(joint_losses(model))).backward()
+        assert_close(grads(list(model.shared_parameters())), weighted(found, scale * factor * alpha), **CLOSE)
+        for task in "abc":
+            own = [scale * factor * g for g in found[task]["head"]]
+            assert_close(grads(list(model.heads[task].parameters())), own, **CLOSE)
+        assert_close(model.task_weights, factor * alpha, **CLOSE)
+
+
+def test_one_task_of_one_batch_is_absent() -> None:
+    model = make_model(IMTLG())
+    found = by_task(model, batches())
+    losses = joint_losses(model)
+    model.backward({"a": losses["a"], "c": losses["c"]})
+    del found["b"]
+    alpha = paper_weights(torch.stack([task["z"].sum(0) for task in found.values()])).to(DEVICE)
+    assert_close(grads(list(model.shared_parameters())), weighted(found, alpha), **CLOSE)
+    assert all(p.grad is None for p in model.heads["b"].parameters())
+
+
+@pytest.mark.parametrize("refresh_every", [1, 2])
+def test_batches_per_task_on_parameters(refresh_every: int) -> None:
+    model = make_model(IMTLG(), gradients=Parameters(refresh_every=refresh_every))
+    found = by_task(model, batches())
+    rows = torch.stack([torch.cat([g.flatten() for g in task["shared"]]) for task in found.values()])
+    alpha = paper_weights(rows).to(DEVICE)
+    for step in range(3):
+        model.zero_grad()
+        model.backward(joint_losses(model))
+        kept = refresh_every == 2 and step == 1
+        assert_close(
+            grads(list(model.shared_parameters())), weighted(found, alpha), rtol=1e-5 if kept else 1e-9, atol=1e-9
+        )
+
+
+def test_state_is_that_of_a_representation() -> None:
+    """The same state whether the tasks share a batch or each has its own."""
+    shared, apart = make_model(ExcessMTL(0.5)), make_model(ExcessMTL(0.5))
+    for step in range(3):
+        x = make_input(step)
+        shared.zero_grad()
+        apart.zero_grad()
+        shared.backward(make_losses(shared(x)))
+        apart.backward(make_losses({t: apart(x, tasks=t)[t] for t in "abc"}))
+        assert_close(grads(list(apart.parameters())), grads(list(shared.parameters())), **CLOSE)
+    assert_close(dict(apart.state_dict()), dict(shared.state_dict()), **CLOSE)
+
+
+def test_rotations_learn_from_batches_of_their_own() -> None:
+    model = make_model(RotoGrad(8))
+    model.backward(joint_losses(model))
+    assert (model.balancer.rotations.angles.grad != 0).any(dim=1).all()
+
+
+def test_the_gradients_can_be_asked_for() -> None:
+    model = make_model(IMTLG())
+    found = by_task(model, batches())
+    sums = torch.stack([task["z"].sum(0) for task in found.values()])
+    with cached():
+        model.backward(joint_losses(model))
+        assert_close(model.task_gradients.gramian, sums @ sums.T)
+
+
+def test_batches_with_other_features_are_refused() -> None:
+    model = MultiTaskModel(nn.Identity(), [nn.Flatten(), nn.Flatten()], IMTLG())
+    first, second = torch.ones(2, 3, 4, requires_grad=True), torch.ones(2, 3, 5, requires_grad=True)
+    losses = [model(first, tasks=0)[0].sum(), model(second, tasks=1)[1].sum()]
+    with pytest.raises(ValueError, match=r"must agree in all but the number of samples, got '0'.*\(3, 4\).*'1'"):
+        model.backward(losses)
+
+
+# ------------------------------------------------------------------------------------------------------ weighed heads
+
+
+@pytest.mark.parametrize("gradients", ["representation", "parameters"])
+def test_weights_reach_the_heads_but_never_negative_ones(gradients: str) -> None:
+    model = make_model(Given(), weigh_heads=True, gradients=gradients)
+    found = by_task(model, dict.fromkeys("abc", make_input()))
+    total = model.scalarize(make_losses(model(make_input())))
+    assert_close(total.detach(), sum(make_losses(model(make_input())).values()).detach())
+    (4.0 * total).backward()
+    weights = [0.5, -2.0, 3.0]
+    assert_close(grads(list(model.shared_parameters())), weighted(found, [4 * w for w in weights]), **CLOSE)
+    for task, weight in zip("abc", weights, strict=True):
+        own = [4 * max(weight, 0.0) * g for g in found[task]["head"]]
+        assert_close(grads(list(model.heads[task].parameters())), own, **CLOSE)
+    assert_close(model.task_weights, torch.tensor(weights, dtype=torch.float64, device=DEVICE))
+
+
+def test_weighed_heads_of_a_composition() -> None:
+    """Heads see both factors; the loss balancer's own parameters see neither weight."""
+    model = make_model(Compose(loss=UW(), gradient=Given()), weigh_heads=True)
+    reference = make_model(UW())
+    found = by_task(model, dict.fromkeys("abc", make_input()))
+    for each in (model, reference):
+        each.backward(make_losses(each(make_input())))
+    assert_close(grads(list(model.shared_parameters())), weighted(found, [0.25, -1.0, 1.5]), **CLOSE)
+    for task, factor in zip("abc", [0.25, 0.0, 1.5], strict=True):
+        own = [factor * g for g in found[task]["head"]]
+        assert_close(grads(list(model.heads[task].parameters())), own, **CLOSE)
+    assert_close(model.balancer.loss.log_variance.grad, reference.balancer.log_variance.grad)
+
+
+def test_the_official_excess_mtl() -> None:
+    """With heads weighed, as in the official code: one backward of the weighted sum."""
+    model = make_model(ExcessMTL(0.5), weigh_heads=True)
+    for step in range(3):
+        x = make_input(step)
+        model.zero_grad()
+        model.backward(make_losses(model(x)))
+        found = grads(list(model.model_parameters()))
+        weights = model.task_weights
+        model.zero_grad()
+        sum(w * loss for w, loss in zip(weights, make_losses(model(x)).values(), strict=True)).backward()
+        assert_close(found, grads(list(model.model_parameters())), **CLOSE)
+    assert weights.max() > weights.min()
+
+
+def test_weighed_heads_and_an_absent_task() -> None:
+    model = make_model(Given(), weigh_heads=True)
+    found = by_task(model, {"a": make_input(), "c": make_input()})
+    losses = make_losses(model(make_input()))
+    model.backward([losses["a"], None, losses["c"]])
+    assert_close(grads(list(model.shared_parameters())), weighted(found, [0.5, 3.0]), **CLOSE)
+    assert_close(grads(list(model.heads["c"].parameters())), [3 * g for g in found["c"]["head"]], **CLOSE)
+
+
+def test_loss_balancers_weigh_heads_anyway() -> None:
+    model, reference = make_model(UW(), weigh_heads=True), make_model(UW())
+    for each in (model, reference):
+        each.backward(make_losses(each(make_input())))
+    assert_close(grads(list(model.parameters())), grads(list(reference.parameters())), rtol=0, atol=0)
+
+
+def test_weighed_heads_need_weights() -> None:
+    class NoWeights(GradientBalancer):
+        def weigh(self, gradients: TaskGradients) -> None:
+            return None
+
+        def combine(self, gradients: TaskGradients) -> Tensor:
+            return gradients.matrix.sum(0)
+
+    model = make_model(NoWeights(), weigh_heads=True)
+    with pytest.raises(ValueError, match="needs a balancer that returns weights, which NoWeights does not"):
+        model.backward(make_losses(model(make_input())))
+
+
+# ----------------------------------------------------------------------------------------------------- auxiliary losses
+
+
+@pytest.mark.parametrize("balancer", [IMTLG, EqualWeighting, UW])
+@pytest.mark.parametrize("scope", [False, True])
+def test_an_auxiliary_loss_may_read_predictions(balancer: Any, scope: bool) -> None:
+    """Its gradient is added as it is, everywhere, and does not take part in the balancing."""
+    model, reference = make_model(balancer()), make_model(balancer())
+
+    def consistency(predictions: dict[str, Tensor]) -> Tensor:
+        return (predictions["a"] - predictions["b"].sum(1, keepdim=True)).square().mean()
+
+    for step in range(3):
+        x = make_input(step)
+        reference.zero_grad()
+        reference.backward(make_losses(reference(x)))
+        extra = torch.autograd.grad(
+            consistency({t: reference.heads[t](reference.backbone(x).clone()) for t in "abc"}),
+            list(reference.model_parameters()),
+            allow_unused=True,
+        )
+        for parameter, gradient in zip(reference.model_parameters(), extra, strict=True):
+            if gradient is not None:
+                parameter.grad += gradient
+        model.zero_grad()
+        with cached() if scope else torch.enable_grad():
+            predictions = model(x)
+            total = model.scalarize(make_losses(predictions), auxiliary=consistency(predictions))
+            total.backward()
+        assert_close(grads(list(model.parameters())), grads(list(reference.parameters())), **CLOSE)
+        assert_close(model.task_weights, reference.task_weights, **CLOSE)
+
+
+# ---------------------------------------------------------------------------------------------------- losses in a task
+
+
+@pytest.mark.parametrize("how", [list, tuple])
+def test_several_losses_to_a_task_are_added_up(how: Any) -> None:
+    model, reference = make_model("imtl"), make_model("imtl")
+    first, second = make_losses(model(make_input())), make_losses(reference(make_input()))
+    extra = model.heads["b"].bias.square().sum()
+    model.backward({**first, "b": how([first["b"], None, extra])})
+    reference.backward({**second, "b": second["b"] + reference.heads["b"].bias.square().sum()})
+    assert_close(grads(list(model.parameters())), grads(list(reference.parameters())), rtol=0, atol=0)
+
+
+def test_no_loss_among_several_is_no_loss() -> None:
+    model = make_model("imtl")
+    losses = make_losses(model(make_input()))
+    model.backward([losses["a"], [None, None], losses["c"]])
+    assert model.task_weights[1] == 0
