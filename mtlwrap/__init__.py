@@ -24,8 +24,8 @@ from mtlwrap.balancers import (
 )
 from mtlwrap.exact import Parameters
 from mtlwrap.gradients import TaskGradients
-from mtlwrap.junction import Fork, fork
 from mtlwrap.model import MultiTaskModel, SingleTaskModel
+from mtlwrap.standalone import Fork, fork
 from mtlwrap.step import cached
 
 __version__ = "0.1.0"

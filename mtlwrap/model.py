@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtlwrap.aliases import aliases, without_fork
 from mtlwrap.balancers import Balancer, EqualWeighting, by_name
 from mtlwrap.exact import Exact, Parameters, Schedule
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.heads import Heads
-from mtlwrap.junction import Junction, aliases, without_fork
+from mtlwrap.junction import Junction
 from mtlwrap.losses import Losses, checked_auxiliary, collect
 from mtlwrap.watch import Watch
 

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
 
-import mtlwrap.junction as junction_module
 from mtlwrap import IMTL, IMTLG, IMTLL, UW, GradientBalancer, MultiTaskModel, TaskGradients, fork
+from mtlwrap import aliases as aliases_module
+from mtlwrap import junction as junction_module
+from mtlwrap import nodes as nodes_module
+from mtlwrap import passes as passes_module
 from tests.common import (
     BALANCERS,
     DEVICE,
@@ -379,13 +382,13 @@ def test_a_total_that_is_kept_does_not_make_the_next_step_walk(monkeypatch: pyte
     kept = model.scalarize(make_losses(model(x)))
     kept.backward()
     whole_walks = []
-    original = junction_module._Walk
+    original = junction_module.Walk
 
     def walk(*args: object, to_first: bool = False) -> object:
         whole_walks.extend([] if to_first else [args])
         return original(*args, to_first=to_first)
 
-    monkeypatch.setattr(junction_module, "_Walk", walk)
+    monkeypatch.setattr(junction_module, "Walk", walk)
     again = model.scalarize(make_losses(model(x)))
     again.backward()
     assert kept.item() == again.item()
@@ -608,7 +611,7 @@ def test_aliases_share_memory_until_somebody_writes() -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_without_lazy_clone_aliases_are_copies(monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
-    monkeypatch.setattr(junction_module, "_lazy_clone", None)
+    monkeypatch.setattr(aliases_module, "_lazy_clone", None)
     test_an_in_place_first_head_disturbs_nobody("relu", frozen)
 
 
@@ -616,15 +619,16 @@ def test_a_lazy_clone_that_is_not_supported_becomes_a_copy(monkeypatch: pytest.M
     def unsupported(tensor: Tensor) -> Tensor:
         raise NotImplementedError
 
-    monkeypatch.setattr(junction_module, "_lazy_clone", unsupported)
+    monkeypatch.setattr(aliases_module, "_lazy_clone", unsupported)
     test_an_in_place_first_head_disturbs_nobody("add", False)
 
 
 def test_without_graph_task_ids_a_step_is_still_balanced(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, model, x = make_model("imtl"), make_model("imtl"), make_input()
     expected.backward(make_losses(expected(x)))
-    monkeypatch.setattr(junction_module, "_graph_task_id", junction_module._unknown_graph_task)
-    monkeypatch.setattr(junction_module, "_keeps_graph", lambda: True)
+    for module in (nodes_module, passes_module):
+        monkeypatch.setattr(module, "graph_task_id", passes_module.unknown_graph_task)
+    monkeypatch.setattr(nodes_module, "keeps_graph", lambda: True)
     model.backward(make_losses(model(x)))
     assert_close(grads(list(model.parameters())), grads(list(expected.parameters())), rtol=0, atol=0)
 

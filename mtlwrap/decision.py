@@ -1,0 +1,140 @@
+"""What is decided before the backward pass: from gradients that are asked for through the heads alone."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from mtlwrap.balancers.base import Balancer, select
+from mtlwrap.gradients import TaskGradients
+from mtlwrap.nodes import ForkState, decided_weights, needed, plain_sum, raw_weights, where_read
+from mtlwrap.passes import Decision, Order
+from mtlwrap.probe import pull_back
+
+
+def decide(
+    order: Order,
+    losses: Sequence[Tensor | None],
+    factors: Tensor,
+    forks: Sequence[ForkState],
+    balancer: Balancer,
+    auxiliary: Tensor | None,
+    weigh_heads: bool,
+) -> Decision:
+    """Decide before the backward pass, from gradients that are asked for through the heads alone.
+
+    Several batches meet nowhere in the graph, heads cannot be weighed before the weights are known, and what an
+    auxiliary loss sends through the heads must be told apart.
+    """
+    taking_part = order.taking_part
+    present = [task for task, is_present in enumerate(taking_part) if is_present]
+    arrived = {fork: fork.by_task([None] * (len(fork.tasks) * fork.num_tensors)) for fork in forks}
+    for task, factor in zip(present, factors.detach().unbind(), strict=True):
+        loss = cast("Tensor", losses[task])
+        at = [(fork, index, edge) for fork in forks for index, edge in enumerate(fork.outputs_of(task))]
+        found = _probed([loss], [factor.to(loss)], [edge for _, _, edge in at])
+        for (fork, index, _), gradient in zip(at, found, strict=True):
+            arrived[fork][index][task] = gradient
+    known = (taking_part, order.spread(order.losses, torch.nan), None, order.spread(factors.detach(), 0.0))
+    on_z = {
+        fork: TaskGradients.from_parts(fork.completed(parts, taking_part), *known) for fork, parts in arrived.items()
+    }
+    weights, gradients = _weigh_jointly(arrived, on_z, known, balancer)
+    if weights is None:
+        if len(forks) > 1 or weigh_heads or forks[0].exact is not None:
+            needed(weights, balancer, "a decision before the backward pass")
+        combined = {forks[0]: gradients.scaled(balancer.combine(gradients))}
+    else:
+        combined = {fork: seen.scaled_sum(weights) for fork, seen in on_z.items()}
+    shared = {fork: where_read(combined[fork], parts) for fork, parts in arrived.items()}
+    if auxiliary is not None:
+        for fork in forks:
+            _add_auxiliary(auxiliary, fork, shared[fork])
+    head_factors = None
+    if weigh_heads and balancer.sees_gradients:
+        # Never a negative weight on a loss of a head, which would train it uphill.
+        head_factors = select(cast("Tensor", weights).detach().clamp(min=0.0), present)
+    with torch.no_grad():
+        own = balancer.own_gradients(gradients)
+    return Decision(shared, own, raw_weights(weights, gradients), gradients, head_factors)
+
+
+def _weigh_jointly(
+    arrived: dict[ForkState, list[list[Tensor | None]]],
+    on_z: dict[ForkState, TaskGradients],
+    known: tuple[tuple[bool, ...], Tensor | None, None, Tensor | None],
+    balancer: Balancer,
+) -> tuple[Tensor | None, TaskGradients]:
+    """The balancer's weights for gradients from one batch or several, and the gradients that it saw."""
+    (first, seen), taking_part = next(iter(on_z.items())), known[0]
+    if first.exact is None:
+        if len(on_z) > 1:
+            seen = TaskGradients.from_parts(_summed_over_batches(arrived), *known)
+        return decided_weights(balancer, seen), seen
+    schedule = first.exact.schedule
+    if schedule is not None and not schedule.is_due(taking_part):
+        return schedule.reuse(seen.active), seen
+    rows = []
+    for task in (task for task, is_present in enumerate(taking_part) if is_present):
+        found = [
+            _probed(fork.edges, [part[task] for part in parts], first.exact.parameters)
+            for fork, parts in arrived.items()
+        ]
+        rows.append([plain_sum(of_parameter) for of_parameter in zip(*found, strict=True)])
+    seen = first.exact.gradients(rows, taking_part, seen, None)
+    weights = decided_weights(balancer, seen)
+    if schedule is not None:
+        schedule.keep(needed(weights, balancer, "refresh_every"), taking_part)
+    return weights, seen
+
+
+def _probed(
+    outputs: Sequence[Tensor | GradientEdge],
+    gradients: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | GradientEdge],
+) -> list[Tensor | None]:
+    try:
+        return pull_back(outputs, gradients, inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            "Batches of their own per task, weigh_heads=True and an auxiliary loss that reads predictions need the "
+            f"gradients before the backward pass, which the heads do not allow: {error}"
+        ) from error
+
+
+def _add_auxiliary(auxiliary: Tensor, fork: ForkState, shared: list[Tensor | None]) -> None:
+    """Add the gradient that an auxiliary loss sends through the heads, as it is."""
+    edges = [edge for task in fork.tasks for edge in fork.outputs_of(task)]
+    found = _probed([auxiliary], [torch.ones_like(auxiliary)], edges)
+    for index in range(fork.num_tensors):
+        shared[index] = plain_sum([*found[index :: fork.num_tensors], shared[index]])
+
+
+def _summed_over_batches(arrived: dict[ForkState, list[list[Tensor | None]]]) -> list[list[Tensor | None]]:
+    """The tasks' gradients of several batches, summed over each: those on an offset of the representation.
+
+    Raises:
+        ValueError: the batches' representations differ in more than the number of samples.
+    """
+    forms = {tuple(tuple(form) for form in fork.feature_shapes()): fork for fork in arrived}
+    if len(forms) > 1:
+        listed = "; ".join(
+            f"{', '.join(repr(fork.names[task]) for task in fork.tasks)}: {list(form)}" for form, fork in forms.items()
+        )
+        raise ValueError(
+            f"To balance batches jointly their representations must agree in all but the number of samples, got "
+            f"{listed}."
+        )
+    first = next(iter(arrived))
+    return [
+        [plain_sum([_batch_sum(parts[index][task]) for parts in arrived.values()]) for task in range(first.num_tasks)]
+        for index in range(first.num_tensors)
+    ]
+
+
+def _batch_sum(gradient: Tensor | None) -> Tensor | None:
+    return gradient if gradient is None or gradient.dim() == 0 else gradient.sum(0, keepdim=True)

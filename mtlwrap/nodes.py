@@ -1,0 +1,337 @@
+"""The fork: one autograd node at which the gradients of all tasks meet, and the nodes that tell it when to balance.
+
+A balanced step, forward: the backbone's representation passes through :class:`ForkNode`, which hands every head an
+alias of its own; the heads make predictions, the user makes losses; :meth:`Junction.scalarize` passes them through
+:class:`LossesNode`, the balancer's scalar through :class:`ScalarNode`. Backward, in this order: the scalar node
+notes what the total was multiplied with and leaves an order at the forks that the losses came from; the losses node
+notes each loss's factor; the heads run; the fork, once every head has sent its gradient, finds the order and
+balances. A fork that finds none is a plain sum: in a backward pass that did not come through ``scalarize`` the
+wrapper is not there.
+"""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from mtlwrap.aliases import alias
+from mtlwrap.balancers.base import Balancer
+from mtlwrap.exact import Exact
+from mtlwrap.gradients import TaskGradients
+from mtlwrap.passes import Decision, Order, Pass, graph_task_id, keeps_graph, remember
+from mtlwrap.probe import leads_elsewhere, pull_back
+from mtlwrap.report import Report
+from mtlwrap.step import current_scope
+from mtlwrap.surroundings import opaque, without_autocast
+
+
+class Owner(Protocol):
+    """Whose fork it is: it knows the tasks, and keeps what the backward leaves."""
+
+    tasks: tuple[str, ...]
+    report: Report
+
+
+class ForkState:
+    """One passage through the fork. It belongs to the graph; the model knows it weakly, so the model holds no graph."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        balancer: Balancer,
+        tasks: tuple[int, ...],
+        tensors: Sequence[Tensor],
+        parameters: Iterable[str],
+        together: bool,
+        exact: Exact | None,
+    ) -> None:
+        self.owner = weakref.ref(owner)
+        self.balancer = balancer
+        self.report = owner.report
+        self.tasks = tasks
+        self.names = owner.tasks
+        self.num_tasks = len(owner.tasks)
+        self.num_tensors = len(tensors)
+        self.parameters = tuple(parameters)
+        # Where nobody looks at the tasks' gradients they are added up as they arrive, at one output for all tasks.
+        self.copies = 1 if together else len(tasks)
+        self.exact = exact
+        # The way from the representation to the backbone's parameters, without holding its values.
+        self.edges = [get_gradient_edge(tensor) for tensor in tensors]
+        self._forms = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        self.scope = current_scope()
+        self.spent = False
+        self.node: weakref.ref[Any] | None = None
+        self._passes: dict[int, Pass] = {}
+
+    @property
+    def num_others(self) -> int:
+        """How many inputs the fork has behind the representation."""
+        return len(self.parameters) + (0 if self.exact is None else len(self.exact.parameters))
+
+    def leave(self, running: Pass) -> None:
+        """Called by the scalar node: in this backward pass the fork balances."""
+        pending = self._passes.get(graph_task_id())
+        if pending is not None and pending.order is not running.order:
+            raise ValueError(
+                "Two scalarized totals of the same forward met in one backward pass. Hand all losses of a forward "
+                "to one call of scalarize, or run a backward pass for each total."
+            )
+        remember(self._passes, running)
+
+    def take(self) -> Pass | None:
+        """Called by the fork: what was left in this very backward pass, not in one around it or one before."""
+        return self._passes.pop(graph_task_id(), None)
+
+    def by_task(self, gradients: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
+        """The arriving gradients, sorted: for each tensor of the representation, one entry per task."""
+        parts: list[list[Tensor | None]] = [[None] * self.num_tasks for _ in range(self.num_tensors)]
+        for position, task in enumerate(self.tasks):
+            for tensor in range(self.num_tensors):
+                parts[tensor][task] = gradients[position * self.num_tensors + tensor]
+        return parts
+
+    def pass_on(self, gradients: Sequence[Tensor | None], running: Pass | None) -> list[Tensor | None]:
+        """What autograd adds up by itself; the losses' factors are the weights."""
+        if running is not None:
+            factors = running.order.spread(running.loss_factors, 0.0)
+            self.report.fill(None if factors is None else factors.double(), None, None)
+        return [*gradients, *[None] * self.num_others]
+
+    def balance(self, parts: list[list[Tensor | None]], running: Pass) -> list[Tensor | None]:
+        """As the balancer decides, the gradients of the representation, of its own parameters, of shared parameters."""
+        order = running.order
+        if order.decision is not None:
+            return self._carry_out(order.decision, running.scale)
+        gradients = self._gradients(parts, running)
+        if self.exact is not None:
+            return self._balance_exactly(parts, gradients, running)
+        weights = decided_weights(self.balancer, gradients)
+        if weights is None:
+            shared = gradients.scaled(self.balancer.combine(gradients))
+        else:
+            shared = gradients.scaled_sum(weights)
+        self._report(weights, gradients)
+        return [*where_read(shared, parts), *self._own(gradients, running.scale)]
+
+    def _balance_exactly(
+        self, parts: list[list[Tensor | None]], on_z: TaskGradients, running: Pass
+    ) -> list[Tensor | None]:
+        """The same with the gradients on the shared parameters: the backbone's backward runs here, once per task.
+
+        Their weighted sum is handed to the parameters from here, unless the backbone's graph leads to something else
+        that wants a gradient: then one more pass is left to autograd.
+        """
+        exact = cast("Exact", self.exact)
+        schedule, taking_part = exact.schedule, running.order.taking_part
+        nothing: list[Tensor | None] = [None] * len(exact.parameters)
+        if schedule is not None and not schedule.is_due(taking_part):
+            weights = schedule.reuse(on_z.active)
+            self._report(weights, on_z)
+            shared = where_read(on_z.scaled_sum(weights), parts)
+            return [*shared, *[None] * len(self.parameters), *nothing]
+        rows = [
+            pull_back(self.edges, [part[task] for part in parts], exact.parameters)
+            for task in (task for task, present in enumerate(taking_part) if present)
+        ]
+        gradients = exact.gradients(rows, taking_part, on_z, running.scale)
+        chosen = decided_weights(self.balancer, gradients)
+        if schedule is not None:
+            schedule.keep(needed(chosen, self.balancer, "refresh_every"), taking_part)
+        self._report(chosen, gradients)
+        own = self._own(gradients, running.scale)
+        # With create_graph the derivative of the shared gradient is wanted, which these are not connected to.
+        if torch.is_grad_enabled() or leads_elsewhere(self.edges, exact.parameters):
+            weights = needed(chosen, self.balancer, "a backbone whose input wants a gradient")
+            return [*where_read(on_z.scaled_sum(weights), parts), *own, *nothing]
+        if chosen is None:
+            combined = gradients.scaled(self.balancer.combine(gradients))
+        else:
+            combined = gradients.scaled_sum(chosen)
+        return [*[None] * self.num_tensors, *own, *exact.shaped(combined, rows)]
+
+    def _carry_out(self, decision: Decision, scale: Tensor) -> list[Tensor | None]:
+        first = self is next(iter(decision.shared))
+        own = {name: g * scale.to(g) for name, g in decision.own.items()} if first else {}
+        shared = [None if g is None else (g * scale.to(g.device)).to(g.dtype) for g in decision.shared[self]]
+        self.report.fill(decision.weights, decision.gradients, self.scope)
+        return [*shared, *map(own.get, self.parameters), *[None] * (self.num_others - len(self.parameters))]
+
+    def _gradients(self, parts: list[list[Tensor | None]], running: Pass) -> TaskGradients:
+        order = running.order
+        return TaskGradients.from_parts(
+            self.completed(parts, order.taking_part),
+            order.taking_part,
+            order.spread(order.losses, torch.nan),
+            running.scale,
+            order.spread(running.loss_factors, 0.0),
+        )
+
+    def _own(self, gradients: TaskGradients, scale: Tensor) -> list[Tensor | None]:
+        with torch.no_grad():
+            own = {name: g * scale.to(g) for name, g in self.balancer.own_gradients(gradients).items()}
+        return list(map(own.get, self.parameters))
+
+    def _report(self, weights: Tensor | None, gradients: TaskGradients) -> None:
+        self.report.fill(raw_weights(weights, gradients), gradients, self.scope)
+
+    def feature_shapes(self) -> list[torch.Size]:
+        """The shape of each tensor of the representation but for the batch."""
+        return [shape[1:] for shape, _, _ in self._forms]
+
+    def outputs_of(self, task: int) -> list[GradientEdge]:
+        """Where the gradient of a task arrives, for each tensor of the representation."""
+        node = None if self.node is None else self.node()
+        if node is None or task not in self.tasks:
+            return []
+        first = self.tasks.index(task) * self.num_tensors if self.copies == len(self.tasks) else 0
+        return [GradientEdge(node, first + index) for index in range(self.num_tensors)]
+
+    def completed(self, parts: list[list[Tensor | None]], taking_part: tuple[bool, ...]) -> list[list[Tensor | None]]:
+        """With zeros for a tensor that no task reads, so that the gradients' length is always the representation's."""
+        completed = []
+        for part, (shape, dtype, device) in zip(parts, self._forms, strict=True):
+            if not any(present and g is not None for g, present in zip(part, taking_part, strict=True)):
+                part = list(part)
+                part[taking_part.index(True)] = torch.zeros((), dtype=dtype, device=device).expand(shape)
+            completed.append(part)
+        return completed
+
+
+def decided_weights(balancer: Balancer, gradients: TaskGradients) -> Tensor | None:
+    """The balancer's weights, ``[T]``, or None where its decision is none."""
+    with torch.no_grad():
+        weights = balancer.weigh(gradients)
+    if weights is not None and not isinstance(weights, Tensor):
+        raise TypeError(
+            f"{type(balancer).__name__}.weigh: expected to return a tensor of shape [{gradients.num_tasks}] or "
+            f"None, got {type(weights).__name__}."
+        )
+    return weights
+
+
+def raw_weights(weights: Tensor | None, gradients: TaskGradients) -> Tensor | None:
+    """With what factor each *raw* loss's gradient entered: the balancer's weight times the loss's own factor."""
+    return None if weights is None else weights.detach() * gradients.loss_factors.to(weights.device)
+
+
+def needed(weights: Tensor | None, balancer: Balancer, what: str) -> Tensor:
+    """The weights, where a decision that is no weighting will not do.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if weights is None:
+        raise ValueError(f"{what} needs a balancer that returns weights, which {type(balancer).__name__} does not.")
+    return weights
+
+
+def where_read(shared: Sequence[Tensor], parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """The gradient of each tensor of the representation, nothing for one that no task reads."""
+    read = [any(gradient is not None for gradient in part) for part in parts]
+    return [gradient if r else None for gradient, r in zip(shared, read, strict=True)]
+
+
+class ForkNode(torch.autograd.Function):
+    """Forward: an alias of each tensor for each task. Backward: one gradient for each tensor."""
+
+    @staticmethod
+    def forward(state: ForkState, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(alias(tensor) for _ in range(state.copies) for tensor in tensors[: state.num_tensors])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.state = inputs[0]
+        ctx.state.node = weakref.ref(ctx)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @opaque
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        state: ForkState = ctx.state
+        running = state.take()
+        state.spent = not keeps_graph()
+        if state.copies < len(state.tasks):
+            return (None, *state.pass_on(gradients, running))
+        parts = state.by_task(gradients)
+        with without_autocast(_device_type(gradients)):
+            if running is not None:
+                return (None, *state.balance(parts, running))
+            return (None, *map(plain_sum, parts), *[None] * state.num_others)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        own = tangents[1 : 1 + ctx.state.num_tensors]
+        return tuple(None if t is None else t.clone() for _ in range(ctx.state.copies) for t in own)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], state: ForkState, *tensors: Tensor) -> tuple[Any, ...]:
+        return ForkNode.apply(state, *tensors), in_dims[1 : 1 + state.num_tensors] * state.copies
+
+
+class LossesNode(torch.autograd.Function):
+    """Forward: the losses as one vector. Backward: notes the factor with which each enters the total."""
+
+    @staticmethod
+    def forward(ctx: Any, order: Order, *losses: Tensor) -> Tensor:
+        ctx.order = order
+        ctx.like = [(loss.dtype, loss.device) for loss in losses]
+        order.losses = vector_of(losses)
+        return order.losses.clone()
+
+    @staticmethod
+    @opaque
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (gradient,) = gradients
+        running = ctx.order.passes.pop(graph_task_id(), None)
+        if running is not None:
+            running.loss_factors = gradient.detach() / torch.where(running.scale == 0, 1.0, running.scale)
+            decision = running.order.decision
+            if decision is not None and decision.head_factors is not None:
+                gradient = gradient * decision.head_factors.to(gradient)
+        returned = zip(gradient.unbind(), ctx.like, strict=True)
+        return (None, *(g.to(dtype=dtype, device=device) for g, (dtype, device) in returned))
+
+
+class ScalarNode(torch.autograd.Function):
+    """Forward: the total. Backward: leaves the order, with what the total was multiplied with, at the forks."""
+
+    @staticmethod
+    def forward(ctx: Any, order: Order, forks: Sequence[ForkState], total: Tensor) -> Tensor:
+        ctx.order = order
+        ctx.forks = forks
+        return total.clone()
+
+    @staticmethod
+    @opaque
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (gradient,) = gradients
+        running = Pass(ctx.order, gradient.detach())
+        for fork in ctx.forks:
+            fork.leave(running)
+        remember(ctx.order.passes, running)
+        return None, None, gradient
+
+
+def plain_sum(part: Sequence[Tensor | None]) -> Tensor | None:
+    """What autograd itself would have added up, in the order in which it does: the last task first."""
+    total: Tensor | None = None
+    for gradient in reversed(part):
+        if gradient is not None:
+            total = gradient if total is None else total + gradient
+    return total
+
+
+def vector_of(losses: Sequence[Tensor]) -> Tensor:
+    """The losses as one detached vector, in float32 or wider, on the device of the first."""
+    wide = torch.float32
+    for loss in losses:
+        wide = torch.promote_types(wide, loss.dtype)
+    return torch.stack([loss.detach().to(device=losses[0].device, dtype=wide) for loss in losses])
+
+
+def _device_type(gradients: Sequence[Tensor | None]) -> str:
+    return next((g.device.type for g in gradients if g is not None), "cpu")

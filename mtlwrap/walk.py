@@ -1,0 +1,51 @@
+"""Which forward a loss came from, found out by walking its graph."""
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from mtlwrap.nodes import ForkNode, ForkState, Owner
+
+# Nodes through which autograd.grad cannot be asked for a part of the gradient.
+_OPAQUE_NODES = {"CompiledFunctionBackward", "CheckpointFunctionBackward"}
+
+
+class Walk:
+    """Which forks the graph of a loss leads to, and at which of their aliases it arrives."""
+
+    def __init__(self, loss: Tensor | None, owner: Owner, *, to_first: bool = False) -> None:
+        self.reached: dict[ForkState, set[int]] = {}
+        # Whether a fork of another model was met, and whether a node was met that mixes all it was compiled from.
+        self.foreign = False
+        self.opaque = False
+        start = None if loss is None else loss.grad_fn
+        stack: list[tuple[Node, int]] = [] if start is None or loss is None else [(start, loss.output_nr)]
+        visited: set[Node] = set()
+        while stack:
+            node, output = stack.pop()
+            state = node.state if getattr(type(node), "_forward_cls", None) is ForkNode else None  # type: ignore[attr-defined]
+            if state is not None and state.owner() is owner:
+                self.reached.setdefault(state, set()).add(output)
+                if to_first:
+                    return
+                continue  # what lies behind is the backbone's
+            if node in visited:
+                continue
+            visited.add(node)
+            self.foreign = self.foreign or state is not None
+            self.opaque = self.opaque or node.name() in _OPAQUE_NODES
+            stack.extend((following, nr) for following, nr in node.next_functions if following is not None)
+
+    def tasks(self) -> set[int]:
+        """The tasks at whose aliases the walk arrived."""
+        return {state.tasks[o // state.num_tensors] for state, outputs in self.reached.items() for o in outputs}
+
+    def aliases_of_others(self, task: int) -> list[tuple[int, GradientEdge]]:
+        """The aliases of other tasks at which the walk arrived."""
+        found = []
+        for state, outputs in self.reached.items():
+            node = state.node() if state.node is not None else None
+            for output in sorted(outputs):
+                other = state.tasks[output // state.num_tensors]
+                if other != task and node is not None:
+                    found.append((other, GradientEdge(node, output)))
+        return found
