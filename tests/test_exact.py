@@ -25,6 +25,7 @@ from mtlwrap import (
     Parameters,
     RotoGrad,
     TaskGradients,
+    TorchJD,
     cached,
 )
 from tests.balancers.zoo import paper_weights
@@ -90,6 +91,26 @@ def test_equals_torchjd() -> None:
         mtl_backward(losses, features=z)
         jac_to_grad(list(theirs.shared_parameters()), aggregation.IMTLG())
         assert_close(grads(list(ours.parameters())), grads(list(theirs.parameters())), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["MGDA", "PCGrad", "AlignedMTL", "ConFIG", "TrimmedMean", "UPGrad", "Sum"])
+def test_methods_of_torchjd_on_parameters(name: str) -> None:
+    """By weights from the Gramian, by weights from the matrix, and without any weights: its aggregator on all rows."""
+
+    def make() -> Any:
+        return getattr(aggregation, name)(*((1,) if name == "TrimmedMean" else ()))
+
+    try:
+        model, theirs = make_model(TorchJD(make())), make()
+    except ImportError as error:
+        pytest.skip(str(error))
+    x = make_input()
+    rows = jacobian(model, x)
+    torch.manual_seed(3)
+    expected = theirs(rows)
+    torch.manual_seed(3)
+    (8.0 * model.scalarize(make_losses(model(x)))).backward()
+    assert_close(shared_gradient(model), 8 * expected, rtol=1e-6, atol=1e-9)
 
 
 def test_norm_ratio_of_a_million_in_float32() -> None:
