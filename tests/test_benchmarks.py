@@ -62,7 +62,13 @@ def test_everything_runs(tmp_path, capsys):
 
 
 def test_every_balancer_has_a_row():
-    bases = {balancers.Balancer, balancers.LossBalancer, balancers.GradientBalancer, balancers.Compose}
+    bases = {
+        balancers.Balancer,
+        balancers.LossBalancer,
+        balancers.GradientBalancer,
+        balancers.Compose,
+        balancers.TorchJD,
+    }
     exported = [getattr(balancers, name) for name in balancers.__all__]
     concrete = {value.__name__ for value in exported if isinstance(value, type)} - {base.__name__ for base in bases}
     assert concrete == {name for name, contender in CONTENDERS.items() if contender.ours and "-" not in name}

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from mtlwrap import Balancer, MultiTaskModel, balancers
+from mtlwrap import Balancer, MultiTaskModel, Parameters, balancers
 from tests.benchmarks.problems import Problem
 
 
@@ -33,11 +33,13 @@ class Runner:
         step: forward, losses and backward.
         parameters: what the step leaves gradients in.
         forget: drops what else the step left behind, so that each one begins with the same memory in use.
+        steps: how many steps are timed as one, where they are not alike.
     """
 
     step: Callable[[], None]
     parameters: tuple[nn.Parameter, ...]
     forget: Callable[[], None] = _nothing
+    steps: int = 1
 
     def clear(self) -> None:
         """As if no step had been run."""
@@ -117,16 +119,22 @@ def methods() -> list[str]:
     ]
 
 
-def _mtlwrap(method: str, problem: Problem, **options: object) -> Runner:
+def _mtlwrap(
+    method: str,
+    problem: Problem,
+    gradients: str | Parameters = "representation",
+    weigh_heads: bool = False,
+    steps: int = 1,
+    **options: object,
+) -> Runner:
     balancer_class = getattr(balancers, method)
-    model = MultiTaskModel(
-        problem.backbone, problem.heads, balancer_class(**_options(balancer_class, problem), **options)
-    )
+    balancer = balancer_class(**_options(balancer_class, problem), **options)
+    model = MultiTaskModel(problem.backbone, problem.heads, balancer, gradients=gradients, weigh_heads=weigh_heads)
 
     def step() -> None:
         model.backward(problem.losses(model(problem.inputs)))
 
-    return Runner(step, _parameters(model))
+    return Runner(step, _parameters(model), steps=steps)
 
 
 def _options(balancer_class: type[Balancer], problem: Problem) -> dict[str, object]:
@@ -147,6 +155,11 @@ def _ours() -> Iterator[Contender]:
         yield Contender(method, partial(_mtlwrap, method), ours=True)
         for option, value in _VARIANTS.get(method, {}).items():
             yield Contender(f"{method}-{option}", partial(_mtlwrap, method, **{option: value}), ours=True)
+    # Other ways to take the gradients, on the balancer that torchjd has too.
+    yield Contender("IMTLG-parameters", partial(_mtlwrap, "IMTLG", gradients="parameters"), ours=True)
+    every_tenth = partial(_mtlwrap, "IMTLG", gradients=Parameters(refresh_every=10), steps=10)
+    yield Contender("IMTLG-parameters/10", every_tenth, ours=True)
+    yield Contender("IMTLG-weigh-heads", partial(_mtlwrap, "IMTLG", weigh_heads=True), ours=True)
 
 
 # --------------------------------------------------------------------------------------------------------- torchjd

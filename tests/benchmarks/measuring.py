@@ -143,12 +143,15 @@ def _result(
 
 def timed(runner: Runner, device: torch.device) -> float:
     """The seconds that a step takes, from gradients of None; on an accelerator, until it is done."""
-    runner.clear()
-    _synchronize(device)
-    start = time.perf_counter()
-    runner.step()
-    _synchronize(device)
-    return time.perf_counter() - start
+    seconds = 0.0
+    for _ in range(runner.steps):
+        runner.clear()
+        _synchronize(device)
+        start = time.perf_counter()
+        runner.step()
+        _synchronize(device)
+        seconds += time.perf_counter() - start
+    return seconds / runner.steps
 
 
 def _synchronize(device: torch.device) -> None:
