@@ -1,7 +1,8 @@
 """Aliases of a representation: the same values, safe from each other's writes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,28 +40,48 @@ def aliases(representation: Any) -> Any:
 def without_fork(representation: Any, balancer: Balancer, tasks: Sequence[int]) -> list[Any]:
     """What the heads of ``tasks`` get where nothing is balanced: every tensor aliased, gradients pass through."""
     tensors = differentiable_tensors(representation) if balancer.transforms else []
-    return each_its_own(representation, tensors[0] if tensors else None, [{} for _ in tasks], balancer, tasks)
+    own: list[dict[int, Tensor]] = [{} for _ in tasks]
+    return list(each_its_own(representation, tensors[0] if tensors else None, own, balancer, tasks))
 
 
 def each_its_own(
-    representation: Any, first: Tensor | None, own: list[dict[int, Tensor]], balancer: Balancer, tasks: Sequence[int]
-) -> list[Any]:
-    """For each task the representation with its own aliases, the first tensor as the balancer transforms it."""
+    representation: Any,
+    first: Tensor | None,
+    own: list[dict[int, Tensor]],
+    balancer: Balancer,
+    tasks: Sequence[int],
+    shared: Mapping[int, Tensor] = MappingProxyType({}),
+) -> Iterator[Any]:
+    """For each task the representation with its own aliases, the first tensor as the balancer transforms it.
+
+    An alias is made as it is asked for. Made between two heads, it also comes between them in the backward pass: its
+    gradient is added to the others as soon as it is there, instead of waiting until all are.
+
+    Args:
+        representation: what the backbone returned.
+        first: the tensor in it that a balancer transforms.
+        own: for each task its aliases that there are already, by the id of what they stand for.
+        balancer: the balancer.
+        tasks: the tasks.
+        shared: what to alias instead of a tensor of the representation, by the tensor's id.
+    """
     if balancer.transforms and first is not None:
         given = [known.get(id(first)) for known in own]
         changed = balancer.transform([alias(first) if a is None else a for a in given], tasks)
         for known, tensor in zip(own, changed, strict=True):
             known[id(first)] = tensor
-    return [with_aliases(representation, known) for known in own]
+    return (with_aliases(representation, known, shared) for known in own)
 
 
-def with_aliases(representation: Any, known: dict[int, Tensor]) -> Any:
+def with_aliases(
+    representation: Any, known: Mapping[int, Tensor], shared: Mapping[int, Tensor] = MappingProxyType({})
+) -> Any:
     """The representation with ``known`` tensors, by the id of those they stand for, and aliases of the others."""
     known = dict(known)
 
     def substitute(tensor: Tensor) -> Tensor:
         if id(tensor) not in known:
-            known[id(tensor)] = alias(tensor)
+            known[id(tensor)] = alias(shared.get(id(tensor), tensor))
         return known[id(tensor)]
 
     return replace_tensors(representation, substitute)

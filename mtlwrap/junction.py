@@ -2,13 +2,13 @@
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from mtlwrap.aliases import alias, each_its_own
+from mtlwrap.aliases import each_its_own
 from mtlwrap.balancers.base import Balancer
 from mtlwrap.decision import decide
 from mtlwrap.exact import Exact
@@ -55,9 +55,18 @@ class Junction:
 
     @opaque
     def fork(
-        self, representation: Any, balancer: Balancer, tasks: Sequence[int], exact: Exact | None = None
-    ) -> list[Any]:
-        """An alias of the representation for each of ``tasks``: the same values, safe from each other's writes."""
+        self,
+        representation: Any,
+        balancer: Balancer,
+        tasks: Sequence[int],
+        exact: Exact | None = None,
+        *,
+        lazily: bool = False,
+    ) -> Iterable[Any]:
+        """An alias of the representation for each of ``tasks``: the same values, safe from each other's writes.
+
+        If lazily, each is made as it is asked for, which is to be just before its head runs.
+        """
         tensors = differentiable_tensors(representation)
         if not tensors:
             raise TypeError(
@@ -70,16 +79,18 @@ class Junction:
             )
         forked = [t for t in tensors if t.requires_grad] if torch.is_grad_enabled() else []
         self._device = tensors[0].device
-        own = self._through_node(forked, balancer, tuple(tasks), exact)
+        own, shared = self._through_node(forked, balancer, tuple(tasks), exact)
         if torch.is_grad_enabled():
             self._forked = bool(forked)
-        return each_its_own(representation, tensors[0], own, balancer, tasks)
+        aliases = each_its_own(representation, tensors[0], own, balancer, tasks, shared)
+        return aliases if lazily else list(aliases)
 
     def _through_node(
         self, tensors: list[Tensor], balancer: Balancer, tasks: tuple[int, ...], exact: Exact | None
-    ) -> list[dict[int, Tensor]]:
+    ) -> tuple[list[dict[int, Tensor]], dict[int, Tensor]]:
+        """The fork's outputs, by the id of what they stand for: those of each task, and those that all share."""
         if not tensors:
-            return [{} for _ in tasks]
+            return [{} for _ in tasks], {}
         if balancer.training and not transforming():
             balancer.prepare(tensors) if exact is None else exact.prepare(balancer)
         parameters = {name: p for name, p in balancer.named_parameters() if p.requires_grad}
@@ -97,12 +108,13 @@ class Junction:
                 self._prune_at = max(32, 2 * len(self._alive))
         keys = [id(tensor) for tensor in tensors]
         if state.copies < len(tasks):
-            return [dict(zip(keys, map(alias, outputs), strict=True)) for _ in tasks]
+            return [{} for _ in tasks], dict(zip(keys, outputs, strict=True))
         count = len(tensors)
-        return [
+        own = [
             dict(zip(keys, outputs[position * count : (position + 1) * count], strict=True))
             for position in range(len(tasks))
         ]
+        return own, {}
 
     @opaque
     def scalarize(self, losses: Sequence[Tensor | None], balancer: Balancer, auxiliary: Tensor | None = None) -> Tensor:

@@ -144,10 +144,13 @@ class MultiTaskModel(nn.Module):
         """
         chosen = self._positions(tasks)
         representation = self.backbone(*args, **kwargs)
+        own: Iterable[Any]
         if _is_captured():
             own = without_fork(representation, self.balancer, chosen)  # nothing to balance: no break in the graph
         else:
-            own = self._junction.fork(representation, self.balancer, chosen, self._shared())
+            # Compiled code gets them all at once, for it cannot look into what the junction does.
+            lazily = not torch.compiler.is_compiling()
+            own = self._junction.fork(representation, self.balancer, chosen, self._shared(), lazily=lazily)
         predictions = {self.tasks[task]: self.heads[task](z) for task, z in zip(chosen, own, strict=True)}
         return predictions if self.heads.named else [predictions.get(task) for task in self.tasks]
 

@@ -22,7 +22,7 @@ class Fork:
     def __init__(self, representation: Any, balancer: Balancer, junction: Junction) -> None:
         self._junction = junction
         self._balancer = balancer
-        self.aliases: list[Any] = junction.fork(representation, balancer, range(len(junction.tasks)))
+        self.aliases: list[Any] = list(junction.fork(representation, balancer, range(len(junction.tasks))))
 
     def scalarize(self, losses: Losses, auxiliary: Tensor | None = None) -> Tensor:
         """The scalar, 0-dim, whose ``backward()`` is a balanced step; as :meth:`MultiTaskModel.scalarize`."""

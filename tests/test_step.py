@@ -12,8 +12,20 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from mtlwrap import IMTLG, UW, TaskGradients, cached, fork
-from tests.common import BALANCERS, TASKS, grads, make_input, make_losses, make_model, task_gradients, unwrapped_losses
+from mtlwrap import IMTLG, UW, MultiTaskModel, TaskGradients, cached, fork
+from tests.benchmarks.contenders import Runner
+from tests.benchmarks.measuring import peak_memory
+from tests.common import (
+    BALANCERS,
+    DEVICE,
+    TASKS,
+    grads,
+    make_input,
+    make_losses,
+    make_model,
+    task_gradients,
+    unwrapped_losses,
+)
 
 
 def test_answers_equal_brute_force() -> None:
@@ -307,3 +319,28 @@ def test_factors_of_the_loss_balancer_are_told() -> None:
         factors = torch.tensor([0.25, -0.5, 0.125], dtype=torch.float64, device=z.device).exp()
         assert_close(seen.loss_factors, factors, rtol=1e-12, atol=0)
         assert_close(seen.norms / seen.loss_factors, norms, rtol=1e-11, atol=0)
+
+
+# --- what a plain sum costs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="counts what the profiler sees of the CPU's allocator")
+@pytest.mark.parametrize("balancer", ["equalweighting", "uw", "imtll"])
+def test_balanced_losses_take_no_more_memory_than_their_sum(balancer: str) -> None:
+    """Their gradients are added up as they arrive, not held until all are there."""
+    backbone, heads = nn.Linear(4, 4096), [nn.Linear(4096, 1) for _ in range(12)]
+    model, x = MultiTaskModel(backbone, heads, balancer), torch.randn(64, 4)
+
+    def plain() -> None:
+        z = backbone(x)
+        sum(head(z).square().mean() for head in heads).backward()
+
+    def balanced() -> None:
+        model.backward([p.square().mean() for p in model(x)])
+
+    peaks = []
+    for step in (plain, balanced, plain, balanced):
+        peaks.append(peak_memory(Runner(step, tuple(model.parameters())), DEVICE))
+    gradient = 64 * 4096 * 4
+    assert peaks[3] <= peaks[2] + 0.1 * gradient
+    assert peaks[1] > peaks[0] + 8 * gradient  # the first step, in which the losses are told apart to be checked
