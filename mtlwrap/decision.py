@@ -45,9 +45,10 @@ def decide(
     if weights is None:
         if len(forks) > 1 or weigh_heads or forks[0].exact is not None:
             needed(weights, balancer, "a decision before the backward pass")
-        combined = {forks[0]: gradients.scaled(balancer.combine(gradients))}
+        seen = cast("TaskGradients", gradients)
+        combined = {forks[0]: seen.scaled(balancer.combine(seen))}
     else:
-        combined = {fork: seen.scaled_sum(weights) for fork, seen in on_z.items()}
+        combined = {fork: own.scaled_sum(weights) for fork, own in on_z.items()}
     shared = {fork: where_read(combined[fork], parts) for fork, parts in arrived.items()}
     if auxiliary is not None:
         for fork in forks:
@@ -57,8 +58,9 @@ def decide(
         # Never a negative weight on a loss of a head, which would train it uphill.
         head_factors = select(cast("Tensor", weights).detach().clamp(min=0.0), present)
     with torch.no_grad():
-        own = balancer.own_gradients(gradients)
-    return Decision(shared, own, raw_weights(weights, gradients), gradients, head_factors)
+        own = {} if gradients is None else balancer.own_gradients(gradients)
+    raw = raw_weights(weights, next(iter(on_z.values())))
+    return Decision(shared, own, raw, gradients, head_factors)
 
 
 def _weigh_jointly(
@@ -66,7 +68,7 @@ def _weigh_jointly(
     on_z: dict[ForkState, TaskGradients],
     known: tuple[tuple[bool, ...], Tensor | None, None, Tensor | None],
     balancer: Balancer,
-) -> tuple[Tensor | None, TaskGradients]:
+) -> tuple[Tensor | None, TaskGradients | None]:
     """The balancer's weights for gradients from one batch or several, and the gradients that it saw."""
     (first, seen), taking_part = next(iter(on_z.items())), known[0]
     if first.exact is None:
@@ -75,7 +77,7 @@ def _weigh_jointly(
         return decided_weights(balancer, seen), seen
     schedule = first.exact.schedule
     if schedule is not None and not schedule.is_due(taking_part):
-        return schedule.reuse(seen.active), seen
+        return schedule.reuse(seen.active), None
     rows = []
     for task in (task for task, is_present in enumerate(taking_part) if is_present):
         found = [

@@ -12,6 +12,8 @@ from mtlwrap.surroundings import without_autocast
 
 # Columns of the gradient matrix that are handled at once: small enough to stay in a processor's cache.
 _BLOCK = 1 << 15
+# How many products are added up in float32, on a CPU: few enough for rounding that does not cancel.
+_SHORT = 256
 
 
 class TaskGradients:
@@ -27,8 +29,8 @@ class TaskGradients:
 
     Inner products are accumulated in float64 (float32 on devices that have no float64), whatever the gradients'
     own precision and whatever precision is allowed for matrix products elsewhere: a sum of squares of float32
-    numbers then neither overflows nor loses the small ones. On a CPU long float32 gradients are multiplied in float32
-    in blocks of 32,768, brought to a size of about one, and the blocks' products are added up in float64.
+    numbers then neither overflows nor loses the small ones. On a CPU long float32 gradients are multiplied in float32,
+    brought to a size of about one, and every 256 products are added up in float64.
 
     Args:
         matrix: the gradients as rows, ``[T, n]``, floating point.
@@ -384,15 +386,20 @@ def _add_gramian(total: Tensor, rows: Sequence[Tensor | None]) -> None:
 
 
 def _add_large_gramian(total: Tensor, rows: Sequence[Tensor | None]) -> None:
-    """The same for long float32 vectors: products within a block in float32, their sum over the blocks in float64.
+    """The same for long float32 vectors: short products in float32, their sum in float64.
 
-    A cosine is off by some 1e-7 at most, whatever the norms: each vector is brought to a size of about one.
+    A cosine is off by some 1e-6 at most, also where all entries have one sign and rounding does not cancel; whatever
+    the norms, for each vector is brought to a size of about one.
     """
     row = next(row for row in rows if row is not None)
-    sizes = torch.stack([row.new_ones(()) if r is None else _sample_size(r) for r in rows])
+    sizes = torch.stack([row.new_ones(()) if r is None else _size(r) for r in rows])
     sums = torch.zeros_like(total)
-    for piece in _blocks(rows, row, row.new_zeros(len(rows), _width(len(rows), row)), sizes.unbind()):
-        sums.add_(torch.mm(piece, piece.T))
+    for piece in _blocks(rows, row, row.new_zeros(len(rows), _BLOCK), sizes.unbind()):
+        whole = piece.shape[1] // _SHORT * _SHORT
+        short = piece[:, :whole].unflatten(1, (-1, _SHORT)).transpose(0, 1)
+        sums.add_(torch.bmm(short, short.mT).sum(0, dtype=total.dtype))
+        rest = piece[:, whole:].to(total.dtype)
+        sums.addmm_(rest, rest.T)
     sizes = sizes.to(total.dtype)
     total.add_(sums.mul_(sizes).mul_(sizes[:, None]))
 
@@ -428,14 +435,11 @@ def _suits_single_precision(row: Tensor) -> bool:
     return long and row.is_cpu and row.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
 
-def _sample_size(row: Tensor) -> Tensor:
-    """About the largest of a sample of entries, 0-dim: a float32 then holds the squares of all the others.
-
-    A power of two, so that dividing by it rounds nothing.
-    """
-    largest = torch.linalg.vector_norm(row[:: max(1, row.numel() // _BLOCK)], ord=torch.inf)
+def _size(row: Tensor) -> Tensor:
+    """About the largest entry, 0-dim; a power of two, so that dividing by it rounds nothing."""
+    largest = torch.linalg.vector_norm(row, ord=torch.inf)
     _, exponent = torch.frexp(largest)
-    return torch.where((largest > 0) & largest.isfinite(), torch.exp2(exponent), 1.0)
+    return torch.where((largest > 0) & largest.isfinite(), torch.exp2(exponent.clamp(-126, 126)), 1.0)
 
 
 def _weighted_sum(part: Sequence[Tensor | None], layout: _Layout, weights: Tensor) -> Tensor:

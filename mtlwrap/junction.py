@@ -190,7 +190,11 @@ class Junction:
             raise ValueError(
                 "No loss depends on a representation of this model: scalarize and backward need losses computed from "
                 "the predictions of a forward with gradients enabled. "
-                + ("There was no such forward yet." if self._forked is None else "Were all predictions detached?")
+                + (
+                    "There was no such forward yet."
+                    if self._forked is None
+                    else "Were all predictions detached, or made by a single-task model?"
+                )
                 + " (A forward inside torch.no_grad, inference_mode or a reentrant checkpoint does not count.)"
             )
         self._detached.update(walks.keys() - reached.keys())

@@ -165,15 +165,16 @@ class MultiTaskModel(nn.Module):
                 whose loss is absent, None, or does not require grad takes no part: it has no gradient, no weight,
                 and the balancer's state for it does not move. If all are absent, ``backward`` does nothing. A task's
                 loss reads the prediction of its own head only.
-            auxiliary: a 0-dim tensor that bypasses the balancing; its gradient is added as it is. It must not depend
-                on the predictions of the same forward. Nor must anything that does be added to the total by hand:
-                its gradient would count as the tasks', and be dropped where the task takes no part.
+            auxiliary: a 0-dim tensor that bypasses the balancing; its gradient is added as it is. It may read
+                predictions, also of several heads; then the heads are run backward twice. What is added to the total
+                by hand instead must not: its gradient would count as the tasks', and be dropped where a task takes no
+                part.
 
         Raises:
             TypeError: losses of an unknown kind, or one that is no floating-point tensor.
             ValueError: wrong number or names of losses, one that is not 0-dim, that comes from another forward or
-                another model, or that reads another task's head; no forward before; none requires grad; ``auxiliary``
-                depends on the predictions.
+                another model, or that reads another task's head; no forward before; none requires grad; what is asked
+                for needs gradients before the backward pass, which the graph does not allow.
 
         Note:
             That a loss reads its own head only is checked when a task comes for the first time, by its gradient on
@@ -222,7 +223,11 @@ class MultiTaskModel(nn.Module):
 
     @property
     def task_gradients(self) -> TaskGradients | None:
-        """The tasks' gradients in the last balanced backward, while its :func:`~mtlwrap.cached` scope is open."""
+        """The tasks' gradients in the last balanced backward, while its :func:`~mtlwrap.cached` scope is open.
+
+        They are what the balancer saw: the gradients on the shared parameters with ``gradients="parameters"``, summed
+        over the batches where each task has its own. None in a step that uses the weights of an earlier one.
+        """
         return self._junction.report.gradients
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
@@ -287,7 +292,7 @@ class MultiTaskModel(nn.Module):
 
     def _shared(self) -> Exact | None:
         """The parameters to balance the gradients on, if that is not the representation."""
-        if not isinstance(self._exact, Parameters):
+        if not isinstance(self._exact, Parameters) or not self.balancer.sees_gradients:
             return None
         return Exact([p for p in self.backbone.parameters() if p.requires_grad], self.schedule)
 

@@ -130,7 +130,8 @@ class ForkState:
         nothing: list[Tensor | None] = [None] * len(exact.parameters)
         if schedule is not None and not schedule.is_due(taking_part):
             weights = schedule.reuse(on_z.active)
-            self._report(weights, on_z)
+            # Without gradients: those on the parameters are not known now, and others would be mistaken for them.
+            self.report.fill(raw_weights(weights, on_z), None, self.scope)
             shared = where_read(on_z.scaled_sum(weights), parts)
             return [*shared, *[None] * len(self.parameters), *nothing]
         rows = [

@@ -36,14 +36,14 @@ class Decision:
         shared: for each fork the gradient of each tensor of its representation.
         own: the gradients of the balancer's own parameters, by name; the first fork returns them.
         weights: the factor of each task's raw-loss gradient, ``[T]``.
-        gradients: what was weighed.
+        gradients: what was weighed, if it was weighed anew.
         head_factors: with what factor each present task's loss enters its head, if not 1.
     """
 
     shared: Mapping[Any, list[Tensor | None]]
     own: dict[str, Tensor]
     weights: Tensor | None
-    gradients: TaskGradients
+    gradients: TaskGradients | None
     head_factors: Tensor | None
 
 

@@ -5,6 +5,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+# Of a step of the angles, as a vector.
+_LONGEST = 1e3
+
 
 class Rotations(nn.Module):
     r"""T rotations of m dimensions, ``[T, m, m]``, which start at the identity.
@@ -48,22 +51,24 @@ class Rotations(nn.Module):
     @torch.no_grad()
     def settle(self) -> None:
         """Take the rotations of now as the base for the next step."""
-        # A new tensor: graphs of earlier forwards, which may still be run backward, hold the old one.
-        self.base = self.matrices()
-        self.anchor.copy_(self.angles)
+        # New tensors: graphs of earlier forwards, which may still be run backward, hold the old ones.
+        self.base, self.anchor = self.matrices(), self.angles.detach().to(self.anchor.dtype, copy=True)
 
     @torch.no_grad()
     def matrices(self) -> Tensor:
         """The rotations, ``[T, m, m]``."""
         delta = self.angles.to(self.base.dtype) - self.anchor
+        # A step that long is none, and would not leave a rotation.
+        delta = delta * (_LONGEST / delta.norm(dim=1, keepdim=True).clamp(min=_LONGEST))
         identity = torch.eye(self.size, dtype=self.base.dtype, device=self.base.device)
         # solve_ex: without a check of the result, for which the host would have to wait. It cannot fail: the
         # eigenvalues of I - A/2 have a real part of one.
         solved, _ = torch.linalg.solve_ex(identity - 0.5 * self._skew(delta), self.base, left=False)
         moved = 2.0 * solved - self.base
         moved = torch.baddbmm(moved, moved, moved.mT @ moved, beta=1.5, alpha=-0.5)
-        # To the bit the same where nothing moved: several forwards to a step, or one that is repeated.
-        return torch.where((delta != 0).any(), moved, self.base)
+        # To the bit the same where nothing moved: several forwards to a step, a task that is absent.
+        moves = (delta != 0).any(1) & moved.isfinite().all(2).all(1)
+        return torch.where(moves[:, None, None], moved, self.base)
 
     def angle_gradients(self, products: Tensor) -> Tensor:
         r"""The gradient on the angles, for :math:`R_k^\top \partial f / \partial R_k` of shape ``[T, m, m]``."""

@@ -297,6 +297,28 @@ def test_weights_are_refreshed_every_third_step() -> None:
                 parameter.mul_(0.9)
 
 
+@pytest.mark.parametrize("weigh_heads", [False, True])
+def test_between_refreshings_there_are_no_gradients_to_ask_for(weigh_heads: bool) -> None:
+    """Those on the representation would be mistaken for those on the parameters."""
+    model, x = make_model(IMTLG(), Parameters(refresh_every=2)), make_input()
+    model._junction.weigh_heads = weigh_heads
+    for step in range(4):
+        with cached():
+            model.backward(make_losses(model(x)))
+            if step % 2:
+                assert model.task_gradients is None
+            else:
+                assert_close(model.task_gradients.matrix, jacobian(model, x))
+
+
+def test_a_loss_balancer_has_nothing_to_refresh() -> None:
+    model, x = make_model(UW(), Parameters(refresh_every=2)), make_input()
+    before = {key: value.clone() for key, value in model.schedule.state_dict().items()}
+    for _ in range(3):
+        model.backward(make_losses(model(x)))
+    assert_close(dict(model.schedule.state_dict()), before, **EXACT)
+
+
 def test_a_task_that_comes_back_is_weighed_at_once() -> None:
     model, x = make_model(IMTLG(), Parameters(refresh_every=100)), make_input()
     losses = make_losses(model(x))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mtlwrap import TaskGradients
+from mtlwrap import IMTLG, TaskGradients
 from tests.balancers import zoo
 from tests.common import DEVICE
 
@@ -117,6 +117,41 @@ def test_long_gradients_of_any_size(scale, ratio):
     expected = wide @ wide.T
     expected[1] = expected[:, 1] = 0.0
     check(absent, expected.cpu(), rtol=3e-7)
+
+
+ONE_SIGNED = {
+    "constant": lambda n: torch.ones(n),
+    "positive": lambda n: torch.rand(n, generator=zoo.generator(0)) + 0.5,
+    "almost constant": lambda n: 1 + 1e-3 * torch.randn(n, generator=zoo.generator(1)),
+}
+
+
+@pytest.mark.parametrize("kind", ONE_SIGNED)
+@pytest.mark.parametrize("size", [1 << 18, (1 << 19) + 12345])
+def test_long_gradients_of_one_sign(kind, size):
+    """Rounding does not cancel in their sums: parallel rows must stay parallel, and each have its share."""
+    row = ONE_SIGNED[kind](size)
+    matrix = on_device(torch.stack([0.1 * row, 0.3 * row, 0.7 * row, 1e3 * row]), torch.float32)
+    wide = matrix.double()
+    check(TaskGradients(matrix), (wide @ wide.T).cpu(), rtol=1.5e-6)
+    weights = IMTLG().weigh(TaskGradients(matrix))
+    torch.testing.assert_close(weights.sum().item(), 1.0)
+    assert (weights > 0).all()
+
+
+@pytest.mark.parametrize("spike", [1e18, 1e25])
+def test_long_gradients_with_a_spike(spike):
+    matrix = on_device(asymmetric(2, 1 << 18), torch.float32)
+    matrix[0, 77_777] = spike
+    matrix[1, :200_000] = 0.0
+    matrix[1, 200_000:] *= 1e-25
+    wide = matrix.double()
+    check(TaskGradients(matrix), (wide @ wide.T).cpu(), rtol=1.5e-6)
+
+
+def test_long_gradients_at_the_end_of_the_range():
+    matrix = on_device(torch.full((1, 1 << 18), 3e38), torch.float32)
+    assert TaskGradients(matrix).norms.item() == pytest.approx(3e38 * 512, rel=1e-5)
 
 
 def test_long_gradients_where_products_are_allowed_to_be_coarse():

@@ -321,6 +321,39 @@ def test_factors_of_the_loss_balancer_are_told() -> None:
         assert_close(seen.norms / seen.loss_factors, norms, rtol=1e-11, atol=0)
 
 
+# --- a plain sum, once the losses are known to read their own heads --------------------------------------------------
+
+
+def test_a_later_scope_can_ask_a_loss_balancer_too() -> None:
+    model, x = make_model("uw"), make_input()
+    for _ in range(3):
+        model.backward(make_losses(model(x)))
+    with cached():
+        model.backward(make_losses(model(x)))
+        z, losses = unwrapped_losses(model, x)
+        rows = torch.stack([row[0].flatten() for row in task_gradients([0.5 * loss for loss in losses.values()], [z])])
+        assert_close(model.task_gradients.matrix, rows)
+
+
+def test_an_absent_task_has_no_weight_in_any_step() -> None:
+    model = make_model("uw")
+    for step in range(3):
+        losses = make_losses(model(make_input(step)))
+        model.backward([losses["a"], None, losses["c"]])
+        assert model.task_weights[1] == 0
+        assert (model.task_weights[[0, 2]] == 0.5).all()
+
+
+def test_a_task_that_comes_later_is_checked_too() -> None:
+    model, x = make_model("uw"), make_input()
+    for _ in range(2):
+        losses = make_losses(model(x))
+        model.backward({"a": losses["a"], "b": losses["b"]})
+    predictions = model(x)
+    with pytest.raises(ValueError, match="The loss of task 'c' reads the prediction of task 'a'"):
+        model.backward({"a": predictions["a"].mean(), "c": predictions["c"].mean() + predictions["a"].mean()})
+
+
 # --- what a plain sum costs -------------------------------------------------------------------------------------------
 
 

@@ -49,6 +49,9 @@ _METHODS: dict[str, type[Balancer]] = {
     if name not in ("Balancer", "Compose", "GradientBalancer", "LossBalancer", "by_name")
 }
 
+# What tables and options like to call them.
+_SHORT = {"equal": "equalweighting", "fixed": "fixedweights"}
+
 
 def by_name(name: str) -> Balancer:
     """A balancer with its default options, by its class name in any case; ``-`` and ``_`` do not count.
@@ -60,7 +63,8 @@ def by_name(name: str) -> Balancer:
         >>> by_name("imtl-g")
         IMTLG()
     """
-    method = _METHODS.get(name.lower().replace("-", "").replace("_", ""))
+    plain = name.lower().replace("-", "").replace("_", "")
+    method = _METHODS.get(_SHORT.get(plain, plain))
     if method is None:
         raise ValueError(f"balancer: no balancer is called {name!r}; known are {', '.join(sorted(_METHODS))}.")
     try:

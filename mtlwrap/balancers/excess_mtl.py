@@ -12,6 +12,8 @@ from mtlwrap.gradients import TaskGradients, num_features
 
 # Entries of [T, features] that are worked on at once: what is larger is done task by task, to save memory.
 _AT_ONCE = 1 << 20
+# Of a square, in units of the first gradient's: sums of it are still far from the end of float32.
+_MOST = 1e30
 _STATE = ("log_weights", "baseline", "baseline_calls", "sizes", "squared_gradients")
 
 
@@ -51,8 +53,9 @@ class ExcessMTL(GradientBalancer):
     0.01             0.48       0.42         0.27
     ===============  =========  ===========  ============
 
-    **Take 0.01**, as the official code does, for more than a few hundred steps. The state holds logarithms, so that a
-    weight can come back from anywhere.
+    **Take 0.01**, as the official code does, for more than a few hundred steps, and a baseline from more than one
+    batch, say ``n_warmup_steps=50``: with one the chance of the first batch stays in the weights for good, and one task
+    may end up with all of it. The state holds logarithms, so that a weight can come back from anywhere.
 
     Args:
         robust_step_size: :math:`\eta > 0`.
@@ -161,7 +164,9 @@ class ExcessMTL(GradientBalancer):
         sums = gradients.batch_sums(self.feature_dim, rows).to(sizes.dtype)
         largest = torch.linalg.vector_norm(sums, ord=torch.inf, dim=1)
         sizes[rows] = torch.where(sizes[rows] == 0, largest, sizes[rows])
-        return sums.div_(torch.where(sizes[rows] == 0, 1.0, sizes[rows])[:, None]).square_()
+        squares = sums.div_(torch.where(sizes[rows] == 0, 1.0, sizes[rows])[:, None]).square_()
+        # Out of all proportion to the first gradient, but finite: it counts as very much.
+        return torch.where(largest.isfinite()[:, None], squares.clamp_(max=_MOST), torch.nan)
 
     def _blocks(self) -> list[slice]:
         """Which tasks are worked on together."""
@@ -205,7 +210,15 @@ class ExcessMTL(GradientBalancer):
                 state_dict = {**state_dict, **{prefix + name: getattr(self, name) for name in _STATE}}
             elif self.squared_gradients.shape[1] == 0 and num_tasks in (0, roots.shape[0]):
                 for name, state in saved.items():
-                    setattr(self, name, torch.zeros_like(state, device=self.log_weights.device))
+                    wide = torch.promote_types(state.dtype, torch.float32)
+                    setattr(self, name, torch.zeros_like(state, dtype=wide, device=self.log_weights.device))
+            if any(getattr(self, name).shape != state_dict[prefix + name].shape for name in _STATE):
+                # All or nothing: a state is of one piece.
+                rest[-1].append(
+                    f"size mismatch for {prefix}squared_gradients: the checkpoint has {tuple(roots.shape)}, the "
+                    f"balancer {tuple(self.squared_gradients.shape)} (tasks, features)."
+                )
+                return
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -14,7 +14,7 @@ _EPSILON = 1e-8
 
 
 class FAMO(LossStateBalancer):
-    r"""Lets all losses fall at the same rate, by the logarithms of their values alone.
+    r"""Steers all losses to fall at the same rate, by the logarithms of their values alone; it takes its time.
 
     Liu et al., `FAMO: Fast Adaptive Multitask Optimization <https://arxiv.org/abs/2306.03792>`_ (NeurIPS 2023),
     Algorithm 1. With the learned ``logits`` :math:`\xi`, and :math:`b` a lower bound of the losses,

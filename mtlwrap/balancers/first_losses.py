@@ -34,7 +34,7 @@ class FirstLosses(nn.Module):
 
     def of(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """The first losses of ``tasks``, these very ``losses`` where this call is the first; 1 where both are 0."""
-        values, _ = self._with(losses, select(self.values, tasks), select(self.calls, tasks))
+        values = self._with(losses, select(self.values, tasks), select(self.calls, tasks))
         return torch.where(values == 0, 1.0, values).to(losses.device)
 
     def known(self) -> Tensor:
@@ -42,18 +42,23 @@ class FirstLosses(nn.Module):
         return torch.where(self.values == 0, 1.0, self.values)
 
     def take(self, gradients: TaskGradients) -> Tensor:
-        """Count a step and keep its losses where they are the first, unless it is not finite; where they were."""
+        """Count a step and keep its losses where they are the first, unless it is not finite.
+
+        Returns:
+            for each task, whether its burn-in ends with this step.
+        """
         if len(self.calls) == 0:
             self.allocate(gradients.num_tasks)
-        values, first = self._with(gradients.losses, self.values, self.calls)
+        values = self._with(gradients.losses, self.values, self.calls)
         counts = (gradients.active & gradients.finite).to(self.calls.device)
+        again = counts & self._burnt_in(self.calls)
         self.values.copy_(torch.where(counts & values.isfinite(), values, self.values))
         self.calls.add_(counts)
-        return first & counts
+        return again
 
-    def _with(self, losses: Tensor, values: Tensor, calls: Tensor) -> tuple[Tensor, Tensor]:
-        first = values == 0
-        if self.burn_in_period is not None:
-            first = first | (calls == self.burn_in_period)
+    def _with(self, losses: Tensor, values: Tensor, calls: Tensor) -> Tensor:
         sizes = losses.detach().abs().to(values)
-        return torch.where(first & (sizes > 0), sizes, values), first
+        return torch.where(((values == 0) | self._burnt_in(calls)) & (sizes > 0), sizes, values)
+
+    def _burnt_in(self, calls: Tensor) -> Tensor:
+        return calls == (-1 if self.burn_in_period is None else self.burn_in_period)

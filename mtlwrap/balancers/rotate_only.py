@@ -89,6 +89,7 @@ class RotateOnly(GradientBalancer):
         self.normalize_losses = bool(normalize_losses)
         self.burn_in_period = burn_in_period
         self.rotations = None
+        self._settled = False
         self.first_losses = FirstLosses(burn_in_period)
 
     def bind(self, num_tasks: int) -> None:
@@ -109,6 +110,7 @@ class RotateOnly(GradientBalancer):
         if self.rotations is not None:
             self._check(representation[0])
             self.rotations.settle()
+            self._settled = True
 
     @property
     def transforms(self) -> bool:
@@ -120,8 +122,9 @@ class RotateOnly(GradientBalancer):
         if self.rotations is None:
             raise ValueError(f"{type(self).__name__} does not know the number of tasks: call bind(num_tasks) first.")
         self._check(tensors[0])
-        settled = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        matrices = self.rotations.base if settled else self.rotations.matrices()
+        # Only right after prepare is the base where the optimizer has taken the rotations.
+        matrices = self.rotations.base if self._settled else self.rotations.matrices()
+        self._settled = False
         return [self._rotated(tensor, matrices[task]) for tensor, task in zip(tensors, tasks, strict=True)]
 
     @property
@@ -196,6 +199,12 @@ class RotateOnly(GradientBalancer):
             raise ValueError(
                 f"{type(self).__name__}: expected a representation of at least {size} features in the shape [..., "
                 f"{', '.join(map(str, self.rotation_shape + self.post_shape))}], got {tuple(tensor.shape)}."
+            )
+        if tensor.dim() > 3 and post == 0 and tensor.shape[-1] != size == tensor.shape[1]:
+            raise ValueError(
+                f"{type(self).__name__}: a representation of shape {tuple(tensor.shape)} would be rotated along its "
+                f"last dimension. For its {size} channels give the dimensions behind them: "
+                f"post_shape={tuple(tensor.shape[2:])}."
             )
         if tensor.is_complex():
             raise ValueError(f"{type(self).__name__}: expected a real representation, got {tensor.dtype}.")

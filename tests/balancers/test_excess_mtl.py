@@ -447,12 +447,37 @@ def test_a_state_of_other_tasks_is_refused() -> None:
     assert used.num_tasks is None
     three = ExcessMTL()
     three.bind(3)
-    with pytest.raises(RuntimeError, match="size mismatch for log_weights"):
+    with pytest.raises(RuntimeError, match=r"the checkpoint has \(2, 3\), the balancer \(3, 0\) \(tasks, features\)"):
         three.load_state_dict(used.state_dict())
     assert_close(three.log_weights.exp(), torch.full((3,), 1 / 3))
     alone = ExcessMTL()
     alone.load_state_dict(used.state_dict())
     assert_close(alone(torch.ones(2, 3)), used(torch.ones(2, 3)), **EXACT)
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    used, other = ExcessMTL(), ExcessMTL()
+    for step in range(2):
+        used(stream(2, tasks=2, size=3)[step])
+        other(stream(2, tasks=2, size=4)[step])
+    before = {key: value.clone() for key, value in used.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"the checkpoint has \(2, 4\), the balancer \(2, 3\)"):
+        used.load_state_dict(other.state_dict())
+    assert_close(dict(used.state_dict()), before, **EXACT)
+
+
+def test_a_checkpoint_in_half_precision_is_kept_in_float32() -> None:
+    used, fresh = ExcessMTL(0.5), ExcessMTL(0.5)
+    used(stream(1)[0].float())
+    fresh.load_state_dict({key: value.half() for key, value in used.state_dict().items()})
+    assert {value.dtype for value in fresh.state_dict().values()} == {torch.float32}
+
+
+def test_a_first_gradient_of_nearly_nothing_does_not_stop_it() -> None:
+    matrices = [torch.tensor([[1e-20 if step == 0 else 1.0, 0.0], [1.0, 1.0]]) for step in range(6)]
+    balancer = ExcessMTL(0.1)
+    assert weights_of(balancer, matrices, torch.float32)[-1][0] > 0.99
+    assert all(state.isfinite().all() for state in balancer.state_dict().values())
 
 
 def test_a_checkpoint_of_double_precision_stays_double() -> None:

@@ -26,7 +26,14 @@ def test_every_balancer_goes_by_its_name(name):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("imtl-g", "IMTLG"), ("imtl_l", "IMTLL"), ("IMTL", "IMTL"), ("Uw", "UW"), ("equal-weighting", "EqualWeighting")],
+    [
+        ("equal", "EqualWeighting"),
+        ("imtl-g", "IMTLG"),
+        ("imtl_l", "IMTLL"),
+        ("IMTL", "IMTL"),
+        ("Uw", "UW"),
+        ("equal-weighting", "EqualWeighting"),
+    ],
 )
 def test_spellings(name, kind):
     assert type(by_name(name)).__name__ == kind

@@ -138,6 +138,34 @@ def test_settling_changes_neither_rotation_nor_angles() -> None:
     assert_close(rotations.matrices(), before, **EXACT)
 
 
+def test_a_step_beyond_all_measure_is_still_a_rotation() -> None:
+    for size in (3, 7, 8):
+        rotations = Rotations(2, size)
+        with torch.no_grad():
+            rotations.angles[0] = 1e7 * torch.randn(rotations.angles.shape[1], generator=generator(0))
+            rotations.angles[1] = torch.nan
+        rotations.settle()
+        matrices = rotations.base.double()
+        assert (matrices[0].mT @ matrices[0] - torch.eye(size)).abs().max() < 1e-4
+        assert_close(rotations.base[1], torch.eye(size), **EXACT)
+
+
+def test_rotations_with_swapped_buffers() -> None:
+    """What functional_call takes back must be taken back as a whole: the next step turns from where this one began."""
+    rotations, swapped = Rotations(1, 3), Rotations(1, 3)
+    with torch.no_grad():
+        rotations.angles.fill_(0.5)
+        swapped.angles.fill_(0.5)
+    before = {name: buffer.clone() for name, buffer in swapped.named_buffers()}
+    kept = dict(before)
+    swapped.base, swapped.anchor = kept["base"], kept["anchor"]
+    swapped.settle()
+    for name, buffer in before.items():
+        assert_close(kept[name], buffer, **EXACT)
+    rotations.settle()
+    assert_close(swapped.base, rotations.base, **EXACT)
+
+
 def test_angle_gradients_are_derivatives() -> None:
     """Of any function of the rotations, by finite differences of the map itself, at rotations far from the identity."""
     rotations = Rotations(2, 5).double()
@@ -276,6 +304,19 @@ def test_training_evaluation_and_single_task_models_rotate_alike(name: str) -> N
     assert_close(evaluated, by_hand)
 
 
+def test_before_the_next_forward_a_single_task_model_has_the_last_step() -> None:
+    model = model_of(RotoGrad(6))
+    optimizer = torch.optim.Adam(model.param_groups(lr=0.01, balancer_lr=0.1))
+    model.backward(losses_of(model(batch())))
+    optimizer.step()
+    single = model[0](batch(1)).detach()
+    frozen = copy.deepcopy(model)
+    frozen.backbone.requires_grad_(False)
+    assert_close(frozen(batch(1))[0].detach(), single)
+    model.eval()
+    assert_close(model[0](batch(1)).detach(), single, **EXACT)
+
+
 def test_a_single_task_model_is_exported_with_its_rotation() -> None:
     model = MultiTaskModel(nn.Linear(5, 6), [nn.Linear(6, 1), nn.Linear(6, 2)], RotoGrad(6)).double()
     turned(model.balancer, tasks=2)
@@ -345,6 +386,14 @@ def test_magnitudes_of_rotograd() -> None:
         assert norms.min() <= sizes[0] <= norms.max()
         if step in (0, 20):  # 20 is the burn-in
             assert_close(sizes[0], norms.mean())
+
+
+def test_first_norms_are_kept_where_losses_are_not_known() -> None:
+    balancer = RotoGrad(2)
+    balancer(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+    # Ratios 1 and 1/2: C = (1 * 1 + 1/2 * 3/2) / (3/2).
+    assert_close(balancer(torch.tensor([[1.0, 0.0], [0.0, 1.5]])), torch.tensor([1.75 / 1.5, 1.75 / 1.5]))
+    assert balancer.initial_norms.tolist() == [1.0, 3.0]
 
 
 def test_one_task_is_trained_alone() -> None:
@@ -538,6 +587,12 @@ def test_a_representation_that_does_not_fit(balancer: Any, message: str) -> None
         model.train(train)
         with pytest.raises(ValueError, match=message):
             model(batch())
+
+
+def test_a_map_whose_columns_would_be_rotated_is_refused() -> None:
+    model = MultiTaskModel(nn.Conv2d(3, 8, 3, padding=1), [nn.Conv2d(8, 1, 1)] * 2, RotoGrad(8)).to(DEVICE)
+    with pytest.raises(ValueError, match=r"For its 8 channels give the dimensions behind them: post_shape=\(5, 32\)"):
+        model(torch.randn(2, 3, 5, 32, device=DEVICE))
 
 
 def test_in_a_composition() -> None:
