@@ -97,7 +97,7 @@ def test_long_gradients_are_added_up_to_the_last_number(size):
     matrix[1, -3:] = on_device(torch.tensor([2.0, 3.0, 5.0]))
     gradients = TaskGradients(matrix)
     assert gradients.gramian.tolist() == [[size / 16, 2.5], [2.5, 38.0]]
-    matrix = on_device(asymmetric(3, size, seed=1), torch.float32)
+    matrix = on_device(asymmetric(11, size, seed=1), torch.float32)
     wide = matrix.double()
     # Long float32 rows on a CPU are multiplied in float32, block by block.
     single = size > 1 << 17 and DEVICE.type == "cpu"
