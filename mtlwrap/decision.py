@@ -1,4 +1,4 @@
-"""What is decided before the backward pass: from gradients that are asked for through the heads alone."""
+"""What is decided before the backward pass comes to the heads: from gradients asked for through the heads alone."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -10,34 +10,50 @@ from torch.autograd.graph import GradientEdge
 from mtlwrap.balancers.base import Balancer, select
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.nodes import ForkState, decided_weights, needed, plain_sum, raw_weights, where_read
-from mtlwrap.passes import Decision, Order
+from mtlwrap.passes import Decision, Pass
 from mtlwrap.probe import pull_back
 
 
 def decide(
-    order: Order,
+    upstream: Tensor,
+    running: Pass,
     losses: Sequence[Tensor | None],
-    factors: Tensor,
     forks: Sequence[ForkState],
     balancer: Balancer,
     auxiliary: Tensor | None,
     weigh_heads: bool,
 ) -> Decision:
-    """Decide before the backward pass, from gradients that are asked for through the heads alone.
+    """Decide before the backward pass comes to the heads, from gradients that are asked for through the heads alone.
 
     Several batches meet nowhere in the graph, heads cannot be weighed before the weights are known, and what an
     auxiliary loss sends through the heads must be told apart.
+
+    Args:
+        upstream: the gradient on the losses of the tasks that take part.
+        running: the backward pass.
+        losses: the losses of all tasks.
+        forks: the forks that they came from.
+        balancer: the balancer.
+        auxiliary: an auxiliary loss that reads predictions.
+        weigh_heads: whether the weights reach the heads.
     """
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "create_graph=True: second derivatives are not known with batches of their own per task, weigh_heads=True "
+            "or an auxiliary loss that reads predictions."
+        )
+    order = running.order
     taking_part = order.taking_part
     present = [task for task, is_present in enumerate(taking_part) if is_present]
     arrived = {fork: fork.by_task([None] * (len(fork.tasks) * fork.num_tensors)) for fork in forks}
-    for task, factor in zip(present, factors.detach().unbind(), strict=True):
+    for task, gradient in zip(present, upstream.unbind(), strict=True):
         loss = cast("Tensor", losses[task])
         at = [(fork, index, edge) for fork in forks for index, edge in enumerate(fork.outputs_of(task))]
-        found = _probed([loss], [factor.to(loss)], [edge for _, _, edge in at])
-        for (fork, index, _), gradient in zip(at, found, strict=True):
-            arrived[fork][index][task] = gradient
-    known = (taking_part, order.spread(order.losses, torch.nan), None, order.spread(factors.detach(), 0.0))
+        found = _probed([loss], [gradient.to(loss)], [edge for _, _, edge in at])
+        for (fork, index, _), on_output in zip(at, found, strict=True):
+            arrived[fork][index][task] = on_output
+    spread_losses, factors = order.spread(order.losses, torch.nan), order.spread(running.loss_factors, 0.0)
+    known = (taking_part, spread_losses, running.scale, factors)
     on_z = {
         fork: TaskGradients.from_parts(fork.completed(parts, taking_part), *known) for fork, parts in arrived.items()
     }
@@ -52,21 +68,22 @@ def decide(
     shared = {fork: where_read(combined[fork], parts) for fork, parts in arrived.items()}
     if auxiliary is not None:
         for fork in forks:
-            _add_auxiliary(auxiliary, fork, shared[fork])
+            _add_auxiliary(auxiliary, running.scale, fork, shared[fork])
     head_factors = None
     if weigh_heads and balancer.sees_gradients:
         # Never a negative weight on a loss of a head, which would train it uphill.
         head_factors = select(cast("Tensor", weights).detach().clamp(min=0.0), present)
     with torch.no_grad():
-        own = {} if gradients is None else balancer.own_gradients(gradients)
+        found_own = {} if gradients is None else balancer.own_gradients(gradients)
+        own_gradients = {name: gradient * running.scale.to(gradient) for name, gradient in found_own.items()}
     raw = raw_weights(weights, next(iter(on_z.values())))
-    return Decision(shared, own, raw, gradients, head_factors)
+    return Decision(shared, own_gradients, raw, gradients, head_factors)
 
 
 def _weigh_jointly(
     arrived: dict[ForkState, list[list[Tensor | None]]],
     on_z: dict[ForkState, TaskGradients],
-    known: tuple[tuple[bool, ...], Tensor | None, None, Tensor | None],
+    known: tuple[tuple[bool, ...], Tensor | None, Tensor, Tensor | None],
     balancer: Balancer,
 ) -> tuple[Tensor | None, TaskGradients | None]:
     """The balancer's weights for gradients from one batch or several, and the gradients that it saw."""
@@ -85,7 +102,7 @@ def _weigh_jointly(
             for fork, parts in arrived.items()
         ]
         rows.append([plain_sum(of_parameter) for of_parameter in zip(*found, strict=True)])
-    seen = first.exact.gradients(rows, taking_part, seen, None)
+    seen = first.exact.gradients(rows, taking_part, seen, known[2])
     weights = decided_weights(balancer, seen)
     if schedule is not None:
         schedule.keep(needed(weights, balancer, "refresh_every"), taking_part)
@@ -108,10 +125,10 @@ def _probed(
         ) from error
 
 
-def _add_auxiliary(auxiliary: Tensor, fork: ForkState, shared: list[Tensor | None]) -> None:
+def _add_auxiliary(auxiliary: Tensor, scale: Tensor, fork: ForkState, shared: list[Tensor | None]) -> None:
     """Add the gradient that an auxiliary loss sends through the heads, as it is."""
     edges = [edge for task in fork.tasks for edge in fork.outputs_of(task)]
-    found = _probed([auxiliary], [torch.ones_like(auxiliary)], edges)
+    found = _probed([auxiliary], [scale.to(auxiliary)], edges)
     for index in range(fork.num_tensors):
         shared[index] = plain_sum([*found[index :: fork.num_tensors], shared[index]])
 

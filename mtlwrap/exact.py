@@ -53,11 +53,13 @@ class Schedule(WideBuffers):
         weights: ``[T]``, ones before the first weighing.
         known: which tasks had a part in the last weighing, ``[T]``.
         steps: how many steps ago that was; 0 before the first.
+        sound: whether it came to finite weights; the next step reads this, the one time that the host waits.
     """
 
     weights: Tensor
     known: Tensor
     steps: Tensor
+    sound: Tensor
 
     def __init__(self, num_tasks: int, refresh_every: int) -> None:
         super().__init__()
@@ -65,6 +67,7 @@ class Schedule(WideBuffers):
         self.register_buffer("weights", torch.ones(num_tasks))
         self.register_buffer("known", torch.zeros(num_tasks, dtype=torch.bool))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("sound", torch.ones((), dtype=torch.bool))
         self._on_host: tuple[int, tuple[bool, ...]] | None = None
         self.register_load_state_dict_post_hook(_forget)
 
@@ -74,12 +77,14 @@ class Schedule(WideBuffers):
             self._on_host = int(self.steps), tuple(self.known.tolist())
         steps, known = self._on_host
         strangers = any(present and not k for present, k in zip(taking_part, known, strict=True))
-        return steps == 0 or steps >= self.refresh_every or strangers
+        # A weighing in a step that a GradScaler skips is none.
+        return steps == 0 or steps >= self.refresh_every or strangers or (steps == 1 and not bool(self.sound))
 
     def keep(self, weights: Tensor, taking_part: Sequence[bool]) -> None:
-        """Note a weighing; weights that are not finite are not kept."""
+        """Note a weighing; after one that is not finite the next step weighs anew."""
         weights = weights.detach().to(self.weights)
-        self.weights.copy_(torch.where(weights.isfinite().all(), weights, self.weights))
+        self.sound.copy_(weights.isfinite().all())
+        self.weights.copy_(torch.where(self.sound, weights, self.weights))
         for task, present in enumerate(taking_part):
             self.known[task] = present  # a fill on the device
         self.steps.fill_(1)
@@ -117,7 +122,7 @@ class Exact:
         first = taking_part.index(True)
         parts = []
         for index, parameter in enumerate(self.parameters):
-            part = [None if row[index] is None else cast("Tensor", row[index]).reshape(-1) for row in by_task]
+            part = [None if row[index] is None else _flat(cast("Tensor", row[index])) for row in by_task]
             if all(gradient is None for gradient in part):
                 part[first] = parameter.detach().new_zeros(()).expand(parameter.numel())
             parts.append(part)
@@ -134,3 +139,8 @@ class Exact:
     def prepare(self, balancer: Balancer) -> None:
         """Have the balancer allocate its state for gradients of this size."""
         balancer.prepare([parameter.detach().reshape(1, -1) for parameter in self.parameters])
+
+
+def _flat(gradient: Tensor) -> Tensor:
+    """As a vector; that of an embedding can be sparse."""
+    return (gradient if gradient.layout == torch.strided else gradient.to_dense()).reshape(-1)

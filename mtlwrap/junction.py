@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -146,8 +147,9 @@ class Junction:
             shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
             raise ValueError(f"{type(balancer).__name__}.scalarize: expected to return a 0-dim tensor, got {shape}.")
         if (balancer.sees_gradients and forks and (joint or self.weigh_heads)) or aside is not None:
-            (factors,) = torch.autograd.grad(total, vector, retain_graph=True)
-            order.decision = decide(order, losses, factors, forks, balancer, aside, self.weigh_heads)
+            order.decide = partial(
+                decide, losses=losses, forks=forks, balancer=balancer, auxiliary=aside, weigh_heads=self.weigh_heads
+            )
         total = cast("Tensor", ScalarNode.apply(order, forks, total))
         return total if auxiliary is None else total + auxiliary
 

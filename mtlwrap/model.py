@@ -294,7 +294,9 @@ class MultiTaskModel(nn.Module):
         """The parameters to balance the gradients on, if that is not the representation."""
         if not isinstance(self._exact, Parameters) or not self.balancer.sees_gradients:
             return None
-        return Exact([p for p in self.backbone.parameters() if p.requires_grad], self.schedule)
+        shared = [p for p in self.backbone.parameters() if p.requires_grad]
+        # With nothing to train in the backbone what is left is the gradient on its input, by way of the representation.
+        return Exact(shared, self.schedule) if shared else None
 
     def _positions(self, tasks: int | str | Iterable[int | str] | None) -> list[int]:
         if tasks is None:

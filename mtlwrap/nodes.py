@@ -22,7 +22,7 @@ from mtlwrap.balancers.base import Balancer
 from mtlwrap.exact import Exact
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.passes import Decision, Order, Pass, graph_task_id, keeps_graph, remember
-from mtlwrap.probe import leads_elsewhere, pull_back
+from mtlwrap.probe import pull_back, wants_the_pass
 from mtlwrap.report import Report
 from mtlwrap.step import current_scope
 from mtlwrap.surroundings import opaque, without_autocast
@@ -61,6 +61,7 @@ class ForkState:
         self.exact = exact
         # The way from the representation to the backbone's parameters, without holding its values.
         self.edges = [get_gradient_edge(tensor) for tensor in tensors]
+        self.hooked = any(tensor._backward_hooks or tensor.retains_grad for tensor in tensors)
         self._forms = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         self.scope = current_scope()
         self.spent = False
@@ -103,9 +104,8 @@ class ForkState:
 
     def balance(self, parts: list[list[Tensor | None]], running: Pass) -> list[Tensor | None]:
         """As the balancer decides, the gradients of the representation, of its own parameters, of shared parameters."""
-        order = running.order
-        if order.decision is not None:
-            return self._carry_out(order.decision, running.scale)
+        if running.decision is not None:
+            return self._carry_out(running.decision)
         gradients = self._gradients(parts, running)
         if self.exact is not None:
             return self._balance_exactly(parts, gradients, running)
@@ -145,8 +145,9 @@ class ForkState:
         self._report(chosen, gradients)
         own = self._own(gradients, running.scale)
         # With create_graph the derivative of the shared gradient is wanted, which these are not connected to.
-        if torch.is_grad_enabled() or leads_elsewhere(self.edges, exact.parameters):
-            weights = needed(chosen, self.balancer, "a backbone whose input wants a gradient")
+        # And what looks at gradients on their way through the backbone must see this one pass too.
+        if self.hooked or torch.is_grad_enabled() or wants_the_pass(self.edges, exact.parameters):
+            weights = needed(chosen, self.balancer, "a backbone with hooks, or whose input wants a gradient,")
             return [*where_read(on_z.scaled_sum(weights), parts), *own, *nothing]
         if chosen is None:
             combined = gradients.scaled(self.balancer.combine(gradients))
@@ -154,12 +155,11 @@ class ForkState:
             combined = gradients.scaled_sum(chosen)
         return [*[None] * self.num_tensors, *own, *exact.shaped(combined, rows)]
 
-    def _carry_out(self, decision: Decision, scale: Tensor) -> list[Tensor | None]:
-        first = self is next(iter(decision.shared))
-        own = {name: g * scale.to(g) for name, g in decision.own.items()} if first else {}
-        shared = [None if g is None else (g * scale.to(g.device)).to(g.dtype) for g in decision.shared[self]]
+    def _carry_out(self, decision: Decision) -> list[Tensor | None]:
+        own = decision.own if self is next(iter(decision.shared)) else {}
         self.report.fill(decision.weights, decision.gradients, self.scope)
-        return [*shared, *map(own.get, self.parameters), *[None] * (self.num_others - len(self.parameters))]
+        others = [None] * (self.num_others - len(self.parameters))
+        return [*decision.shared[self], *map(own.get, self.parameters), *others]
 
     def _gradients(self, parts: list[list[Tensor | None]], running: Pass) -> TaskGradients:
         order = running.order
@@ -210,6 +210,11 @@ def decided_weights(balancer: Balancer, gradients: TaskGradients) -> Tensor | No
         raise TypeError(
             f"{type(balancer).__name__}.weigh: expected to return a tensor of shape [{gradients.num_tasks}] or "
             f"None, got {type(weights).__name__}."
+        )
+    if weights is not None and weights.shape != (gradients.num_tasks,):
+        raise ValueError(
+            f"{type(balancer).__name__}.weigh: expected to return weights of shape [{gradients.num_tasks}], got "
+            f"{tuple(weights.shape)}."
         )
     return weights
 
@@ -290,9 +295,10 @@ class LossesNode(torch.autograd.Function):
         running = ctx.order.passes.pop(graph_task_id(), None)
         if running is not None:
             running.loss_factors = gradient.detach() / torch.where(running.scale == 0, 1.0, running.scale)
-            decision = running.order.decision
-            if decision is not None and decision.head_factors is not None:
-                gradient = gradient * decision.head_factors.to(gradient)
+            if running.order.decide is not None:
+                running.decision = running.order.decide(gradient, running)
+            if running.decision is not None and running.decision.head_factors is not None:
+                gradient = gradient * running.decision.head_factors.to(gradient)
         returned = zip(gradient.unbind(), ctx.like, strict=True)
         return (None, *(g.to(dtype=dtype, device=device) for g, (dtype, device) in returned))
 

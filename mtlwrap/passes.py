@@ -3,7 +3,7 @@
 The names of torch used here that are not public each have a fall-back.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,11 @@ _MOST_PASSES = 64
 
 @dataclass
 class Decision:
-    """What a balancer decided before the backward pass, for the forks to carry out.
+    """What a balancer decided before the backward pass came to the heads, for the forks to carry out.
 
     Attributes:
-        shared: for each fork the gradient of each tensor of its representation.
-        own: the gradients of the balancer's own parameters, by name; the first fork returns them.
+        shared: for each fork the gradient of each tensor of its representation, as autograd wants it back.
+        own: likewise those of the balancer's own parameters, by name; the first fork returns them.
         weights: the factor of each task's raw-loss gradient, ``[T]``.
         gradients: what was weighed, if it was weighed anew.
         head_factors: with what factor each present task's loss enters its head, if not 1.
@@ -48,12 +48,13 @@ class Decision:
 
 
 class Order:
-    """What one ``scalarize`` tells the forks: who takes part, the losses' values, what is decided already."""
+    """What one ``scalarize`` tells the forks: who takes part, the losses' values, whether to decide ahead of them."""
 
     def __init__(self, taking_part: tuple[bool, ...]) -> None:
         self.taking_part = taking_part
         self.losses: Tensor | None = None
-        self.decision: Decision | None = None
+        # Makes a decision, given the gradients on the losses, in a pass; None leaves it to the fork.
+        self.decide: Callable[[Tensor, Pass], Decision] | None = None
         # By graph task: several threads may run backward through one total.
         self.passes: dict[int, Pass] = {}
 
@@ -73,6 +74,7 @@ class Pass:
         self.order = order
         self.scale = scale
         self.loss_factors: Tensor | None = None
+        self.decision: Decision | None = None
 
 
 def remember(passes: dict[int, Pass], running: Pass) -> None:

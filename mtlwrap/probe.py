@@ -31,11 +31,20 @@ def pull_back(
     return list(found)
 
 
-def leads_elsewhere(edges: Sequence[GradientEdge], parameters: Sequence[Tensor]) -> bool:
-    """Whether the graph behind ``edges`` ends at anything but ``parameters``: at an input that wants a gradient."""
+def wants_the_pass(edges: Sequence[GradientEdge], parameters: Sequence[Tensor]) -> bool:
+    """Whether the graph behind ``edges`` must be run backward once more, though its parameters have their gradient.
+
+    It ends at something else that wants a gradient, or someone looks on: a hook of a parameter or a module, or a
+    function written in Python, which would be handed a gradient of nothing.
+    """
+    if any(parameter._backward_hooks for parameter in parameters):
+        return True
     known = {id(parameter) for parameter in parameters}
-    leaves = (getattr(node, "variable", None) for node in nodes_behind(edges))
-    return any(leaf is not None and id(leaf) not in known for leaf in leaves)
+    for node in nodes_behind(edges):
+        leaf = getattr(node, "variable", None)
+        if (leaf is not None and id(leaf) not in known) or hasattr(type(node), "_forward_cls"):
+            return True
+    return False
 
 
 def check_repeatable(edges: Sequence[GradientEdge]) -> None:

@@ -1,6 +1,7 @@
 """What is decided before the backward pass: batches of their own per task, weighed heads, auxiliary losses that read
 predictions; and several losses to a task. Against brute force."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -230,6 +231,52 @@ def test_weighed_heads_need_weights() -> None:
     model = make_model(NoWeights(), weigh_heads=True)
     with pytest.raises(ValueError, match="needs a balancer that returns weights, which NoWeights does not"):
         model.backward(make_losses(model(make_input())))
+
+
+class Ones(GradientBalancer):
+    """A plain sum that looks at the gradients."""
+
+    def weigh(self, gradients: TaskGradients) -> Tensor:
+        return gradients.active.double()
+
+
+def small_losses(predictions: Any) -> list[Tensor]:
+    return [1e-6 * p.float().square().mean() for p in predictions]
+
+
+@pytest.mark.parametrize("how", ["weighed heads", "batches", "auxiliary"])
+def test_a_loss_scale_saves_small_half_precision_gradients(how: str) -> None:
+    """They vanish in half precision without the scale, so they must be asked for with it."""
+    torch.manual_seed(0)
+    model = MultiTaskModel(nn.Linear(5, 8), [nn.Linear(8, 4), nn.Linear(8, 4)], Ones(), weigh_heads=how[0] == "w")
+    exact, x = copy.deepcopy(model).double().to(DEVICE), torch.randn(16, 5)
+    model.half().to(DEVICE)
+    for each, scale, dtype in ((model, 65536.0, torch.float16), (exact, 1.0, torch.float64)):
+        given = x.to(DEVICE, dtype)
+        predictions = each(given) if how != "batches" else [each(given, tasks=0)[0], each(given, tasks=1)[1]]
+        auxiliary = small_losses([predictions[0] + predictions[1]])[0] if how == "auxiliary" else None
+        (scale * each.scalarize(small_losses(predictions), auxiliary=auxiliary)).backward()
+    for half, double in zip(model.shared_parameters(), exact.shared_parameters(), strict=True):
+        assert_close(half.grad.double() / 65536, double.grad, rtol=0.02, atol=0.02 * double.grad.abs().max().item())
+
+
+def test_second_derivatives_are_refused() -> None:
+    model = make_model(Given(), weigh_heads=True)
+    total = model.scalarize(make_losses(model(make_input())))
+    with pytest.raises(
+        ValueError, match="create_graph=True: second derivatives are not known with batches"
+    ):
+        torch.autograd.grad(total, list(model.shared_parameters()), create_graph=True)
+
+
+def test_nothing_moves_before_the_backward_pass() -> None:
+    model = make_model(ExcessMTL(0.5), weigh_heads=True)
+    model.backward(make_losses(model(make_input())))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    total = model.scalarize(make_losses(model(make_input(1))))
+    assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    total.backward()
+    assert (model.balancer.log_weights != before["balancer.log_weights"]).any()
 
 
 # ----------------------------------------------------------------------------------------------------- auxiliary losses

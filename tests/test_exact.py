@@ -251,6 +251,116 @@ def test_gradients_can_be_asked_for() -> None:
         assert_close(model.task_gradients.matrix, rows)
 
 
+class Normalised(torch.autograd.Function):
+    """What it passes back depends on all of the gradient: of nothing it is not a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient / gradient.norm()
+
+
+class Strict(Normalised):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 0.5 * gradient
+
+
+class Watched(nn.Module):
+    """A backbone that someone looks into."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.second, self.how = nn.Linear(5, 8), nn.Linear(8, 8), how
+        if how == "a hook of a parameter":
+            self.first.weight.register_hook(lambda gradient: 0.1 * gradient)
+        if how == "a hook of a module":
+            self.second.register_full_backward_hook(lambda module, before, after: (0.5 * before[0],))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).tanh()
+        if self.how == "a function":
+            hidden = Normalised.apply(hidden)
+        if self.how == "a strict function":
+            hidden = Strict.apply(hidden)
+        z = self.second(hidden)
+        if self.how == "a hook of z" and z.requires_grad:
+            z.register_hook(lambda gradient: 0.5 * gradient)
+        return z
+
+
+WATCHED = ["a hook of a parameter", "a hook of a module", "a function", "a strict function", "a hook of z"]
+
+
+@pytest.mark.parametrize("how", WATCHED)
+def test_who_looks_on_sees_one_pass_of_the_shared_gradient(how: str) -> None:
+    """As in a plain backward of the weighted losses, with whatever the weights came to."""
+    torch.manual_seed(0)
+    heads = make_heads()
+    model = MultiTaskModel(Watched(how), heads, IMTLG(), gradients="parameters").double().to(DEVICE)
+    x = make_input()
+    model.backward(make_losses(model(x)))
+    found, weights = shared_gradient(model), model.task_weights
+    model.zero_grad()
+    z = model.backbone(x)
+    losses = make_losses({t: model.heads[t](z.clone()) for t in "abc"}).values()
+    sum(w * loss for w, loss in zip(weights, losses, strict=True)).backward()
+    assert_close(found, shared_gradient(model), **CLOSE)
+    assert found.isfinite().all()
+
+
+def test_hooks_after_accumulation_run_once() -> None:
+    model, x, calls = make_model(IMTLG()), make_input(), []
+    for parameter in model.shared_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: calls.append(p.grad.clone()))
+    model.backward(make_losses(model(x)))
+    assert len(calls) == len(list(model.shared_parameters()))
+    assert_close(sorted(c.sum().item() for c in calls), sorted(p.grad.sum().item() for p in model.shared_parameters()))
+
+
+@pytest.mark.parametrize("make", [IMTLG, lambda: ExcessMTL(0.5)])
+def test_without_a_shared_parameter_the_input_is_what_is_shared(make: Any) -> None:
+    model = MultiTaskModel(nn.Flatten(), [nn.Linear(5, 1), nn.Linear(5, 2)], make(), gradients="parameters")
+    reference = copy.deepcopy(model)
+    reference._exact = "representation"
+    found = []
+    for each in (model, reference):
+        each.double().to(DEVICE)
+        x = make_input().requires_grad_()
+        each.backward([p.square().mean() for p in each(x)])
+        found.append(x.grad)
+    assert_close(*found, **EXACT)
+    assert (found[0] != 0).any()
+
+
+def test_sparse_gradients() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(10, 4, sparse=True)
+
+        def forward(self, words: Tensor) -> Tensor:
+            return self.table(words).mean(1)
+
+    model = MultiTaskModel(Words(), [nn.Linear(4, 1), nn.Linear(4, 2)], IMTLG(), gradients="parameters").double()
+    model.to(DEVICE)
+    words = torch.tensor([[1, 2], [2, 3]], device=DEVICE)
+    losses = [p.square().mean() for p in model(words)]
+    rows = [torch.autograd.grad(x, model.backbone.table.weight, retain_graph=True)[0].to_dense() for x in losses]
+    model.backward(losses)
+    alpha = paper_weights(torch.stack([row.flatten() for row in rows])).to(DEVICE)
+    gradient = model.backbone.table.weight.grad
+    assert_close(gradient.to_dense(), sum(a * row for a, row in zip(alpha, rows, strict=True)))
+
+
 class First(GradientBalancer):
     """No weighting: the first half of the first task's gradient, the second half of the others'."""
 
@@ -273,7 +383,7 @@ def test_what_is_no_weighting() -> None:
     refreshed = make_model(First(), Parameters(refresh_every=2))
     with pytest.raises(ValueError, match="refresh_every needs a balancer that returns weights, which First does not"):
         refreshed.backward(make_losses(refreshed(x)))
-    with pytest.raises(ValueError, match="whose input wants a gradient needs a balancer that returns weights"):
+    with pytest.raises(ValueError, match="whose input wants a gradient, needs a balancer that returns weights"):
         model.backward(make_losses(model(make_input().requires_grad_())))
 
 
@@ -371,8 +481,9 @@ def test_weights_that_are_not_finite_are_not_kept() -> None:
     model.backward({**losses, "a": losses["a"] * torch.nan})
     assert not shared_gradient(model).isfinite().all()
     model.zero_grad()
-    model.backward(make_losses(model(x)))
-    assert_close(shared_gradient(model), jacobian(model, x).sum(0))
+    model.backward(make_losses(model(x)))  # weighed anew, although it is not yet time
+    rows = jacobian(model, x)
+    assert_close(shared_gradient(model), paper_weights(rows).to(DEVICE) @ rows, **CLOSE)
 
 
 # -------------------------------------------------------------------------------------------------------- what it bears
