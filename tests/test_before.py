@@ -263,9 +263,7 @@ def test_a_loss_scale_saves_small_half_precision_gradients(how: str) -> None:
 def test_second_derivatives_are_refused() -> None:
     model = make_model(Given(), weigh_heads=True)
     total = model.scalarize(make_losses(model(make_input())))
-    with pytest.raises(
-        ValueError, match="create_graph=True: second derivatives are not known with batches"
-    ):
+    with pytest.raises(ValueError, match="create_graph=True: second derivatives are not known with batches"):
         torch.autograd.grad(total, list(model.shared_parameters()), create_graph=True)
 
 
