@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
 
-from mtlwrap import IMTL, IMTLG, IMTLL, UW, GradientBalancer, MultiTaskModel, TaskGradients, fork
+from mtlwrap import IMTL, IMTLG, IMTLL, UW, EqualWeighting, GradientBalancer, MultiTaskModel, TaskGradients, fork
 from mtlwrap import aliases as aliases_module
 from mtlwrap import junction as junction_module
 from mtlwrap import nodes as nodes_module
@@ -647,6 +647,22 @@ def test_backward_inside_autocast_decides_in_full_precision() -> None:
             shared.scalarize(losses).backward()
         weights.append(shared.task_weights)
     assert_close(weights[0], weights[1], rtol=0, atol=0)
+
+
+def test_a_loss_balancer_that_learns_from_gradients_sees_them_in_every_step() -> None:
+    class Learner(EqualWeighting):
+        def __init__(self) -> None:
+            super().__init__()
+            self.size = nn.Parameter(torch.zeros(()))
+
+        def own_gradients(self, gradients: TaskGradients) -> dict[str, Tensor]:
+            return {"size": gradients.norms.sum()}
+
+    model, x = make_model(Learner()), make_input()
+    for _ in range(3):
+        model.zero_grad()
+        model.backward(make_losses(model(x)))
+        assert model.balancer.size.grad > 0
 
 
 def test_a_custom_balancer_that_multiplies_matrices_is_spared_autocast() -> None:

@@ -120,8 +120,9 @@ class LossBalancer(Balancer):
 
     @property
     def sees_gradients(self) -> bool:
-        """No, unless a derived class weighs them too."""
-        return type(self).weigh is not Balancer.weigh
+        """No, unless a derived class weighs them too, or learns from them."""
+        kind = type(self)
+        return kind.weigh is not Balancer.weigh or kind.own_gradients is not Balancer.own_gradients
 
     @abstractmethod
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
