@@ -162,7 +162,8 @@ class ExcessMTL(GradientBalancer):
     def _squares(self, gradients: TaskGradients, rows: slice, sizes: Tensor) -> Tensor:
         """The squared gradients in units of ``sizes``, where tasks that have none yet get theirs."""
         sums = gradients.batch_sums(self.feature_dim, rows).to(sizes.dtype)
-        largest = torch.linalg.vector_norm(sums, ord=torch.inf, dim=1)
+        least, most = torch.aminmax(sums, dim=1)  # several times as fast as the norm of the same name
+        largest = torch.maximum(-least, most)
         sizes[rows] = torch.where(sizes[rows] == 0, largest, sizes[rows])
         squares = sums.div_(torch.where(sizes[rows] == 0, 1.0, sizes[rows])[:, None]).square_()
         # Out of all proportion to the first gradient, but finite: it counts as very much.
@@ -202,20 +203,20 @@ class ExcessMTL(GradientBalancer):
         saved = {
             name: state_dict[prefix + name] for name in _STATE if isinstance(state_dict.get(prefix + name), Tensor)
         }
-        roots = saved.get("squared_gradients")
-        if roots is not None and roots.dim() == 2 and len(saved) == len(_STATE):
+        squares = saved.get("squared_gradients")
+        if squares is not None and squares.dim() == 2 and len(saved) == len(_STATE):
             num_tasks = self.log_weights.shape[0]
-            if roots.shape[1] == 0 and roots.shape[0] in (0, num_tasks):
+            if squares.shape[1] == 0 and squares.shape[0] in (0, num_tasks):
                 self.reset()
                 state_dict = {**state_dict, **{prefix + name: getattr(self, name) for name in _STATE}}
-            elif self.squared_gradients.shape[1] == 0 and num_tasks in (0, roots.shape[0]):
+            elif self.squared_gradients.shape[1] == 0 and num_tasks in (0, squares.shape[0]):
                 for name, state in saved.items():
                     wide = torch.promote_types(state.dtype, torch.float32)
                     setattr(self, name, torch.zeros_like(state, dtype=wide, device=self.log_weights.device))
             if any(getattr(self, name).shape != state_dict[prefix + name].shape for name in _STATE):
                 # All or nothing: a state is of one piece.
                 rest[-1].append(
-                    f"size mismatch for {prefix}squared_gradients: the checkpoint has {tuple(roots.shape)}, the "
+                    f"size mismatch for {prefix}squared_gradients: the checkpoint has {tuple(squares.shape)}, the "
                     f"balancer {tuple(self.squared_gradients.shape)} (tasks, features)."
                 )
                 return
