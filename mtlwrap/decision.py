@@ -9,7 +9,17 @@ from torch.autograd.graph import GradientEdge
 
 from mtlwrap.balancers.base import Balancer, select
 from mtlwrap.gradients import TaskGradients
-from mtlwrap.nodes import ForkState, decided_weights, needed, plain_sum, raw_weights, where_read
+from mtlwrap.nodes import (
+    ForkState,
+    decided_weights,
+    needed,
+    plain_sum,
+    raw_weights,
+    scaled_own,
+    shared_gradient,
+    weighed_exactly,
+    where_read,
+)
 from mtlwrap.passes import Decision, Pass
 from mtlwrap.probe import pull_back
 
@@ -42,8 +52,7 @@ def decide(
             "create_graph=True: second derivatives are not known with batches of their own per task, weigh_heads=True "
             "or an auxiliary loss that reads predictions."
         )
-    order = running.order
-    taking_part = order.taking_part
+    taking_part = running.order.taking_part
     present = [task for task, is_present in enumerate(taking_part) if is_present]
     arrived = {fork: fork.by_task([None] * (len(fork.tasks) * fork.num_tensors)) for fork in forks}
     for task, gradient in zip(present, upstream.unbind(), strict=True):
@@ -52,30 +61,22 @@ def decide(
         found = _probed([loss], [gradient.to(loss)], [edge for _, _, edge in at])
         for (fork, index, _), on_output in zip(at, found, strict=True):
             arrived[fork][index][task] = on_output
-    spread_losses, factors = order.spread(order.losses, torch.nan), order.spread(running.loss_factors, 0.0)
-    known = (taking_part, spread_losses, running.scale, factors)
-    on_z = {
-        fork: TaskGradients.from_parts(fork.completed(parts, taking_part), *known) for fork, parts in arrived.items()
-    }
-    weights, gradients = _weigh_jointly(arrived, on_z, known, balancer)
-    if weights is None:
-        if len(forks) > 1 or weigh_heads or forks[0].exact is not None:
-            needed(weights, balancer, "a decision before the backward pass")
-        seen = cast("TaskGradients", gradients)
-        combined = {forks[0]: seen.scaled(balancer.combine(seen))}
+    on_z = {fork: running.task_gradients(fork.completed(parts, taking_part)) for fork, parts in arrived.items()}
+    weights, gradients = _weigh_jointly(arrived, on_z, running, balancer)
+    if gradients is not None and weights is None and len(forks) == 1 and not weigh_heads and forks[0].exact is None:
+        combined = {forks[0]: shared_gradient(balancer, gradients, None)}
     else:
+        weights = needed(weights, balancer, "a decision before the backward pass")
         combined = {fork: own.scaled_sum(weights) for fork, own in on_z.items()}
     shared = {fork: where_read(combined[fork], parts) for fork, parts in arrived.items()}
     if auxiliary is not None:
         for fork in forks:
             _add_auxiliary(auxiliary, running.scale, fork, shared[fork])
     head_factors = None
-    if weigh_heads and balancer.sees_gradients:
+    if weigh_heads and weights is not None and balancer.sees_gradients:
         # Never a negative weight on a loss of a head, which would train it uphill.
-        head_factors = select(cast("Tensor", weights).detach().clamp(min=0.0), present)
-    with torch.no_grad():
-        found_own = {} if gradients is None else balancer.own_gradients(gradients)
-        own_gradients = {name: gradient * running.scale.to(gradient) for name, gradient in found_own.items()}
+        head_factors = select(weights.detach().clamp(min=0.0), present)
+    own_gradients = {} if gradients is None else scaled_own(balancer, gradients, running.scale)
     raw = raw_weights(weights, next(iter(on_z.values())))
     return Decision(shared, own_gradients, raw, gradients, head_factors)
 
@@ -83,30 +84,25 @@ def decide(
 def _weigh_jointly(
     arrived: dict[ForkState, list[list[Tensor | None]]],
     on_z: dict[ForkState, TaskGradients],
-    known: tuple[tuple[bool, ...], Tensor | None, Tensor, Tensor | None],
+    running: Pass,
     balancer: Balancer,
 ) -> tuple[Tensor | None, TaskGradients | None]:
     """The balancer's weights for gradients from one batch or several, and the gradients that it saw."""
-    (first, seen), taking_part = next(iter(on_z.items())), known[0]
-    if first.exact is None:
+    (first, seen), taking_part = next(iter(on_z.items())), running.order.taking_part
+    exact = first.exact
+    if exact is None:
         if len(on_z) > 1:
-            seen = TaskGradients.from_parts(_summed_over_batches(arrived), *known)
+            seen = running.task_gradients(_summed_over_batches(arrived))
         return decided_weights(balancer, seen), seen
-    schedule = first.exact.schedule
-    if schedule is not None and not schedule.is_due(taking_part):
-        return schedule.reuse(seen.active), None
+    if exact.schedule is not None and not exact.schedule.is_due(taking_part):
+        return exact.schedule.reuse(seen.active), None
     rows = []
     for task in (task for task, is_present in enumerate(taking_part) if is_present):
         found = [
-            _probed(fork.edges, [part[task] for part in parts], first.exact.parameters)
-            for fork, parts in arrived.items()
+            _probed(fork.edges, [part[task] for part in parts], exact.parameters) for fork, parts in arrived.items()
         ]
         rows.append([plain_sum(of_parameter) for of_parameter in zip(*found, strict=True)])
-    seen = first.exact.gradients(rows, taking_part, seen, known[2])
-    weights = decided_weights(balancer, seen)
-    if schedule is not None:
-        schedule.keep(needed(weights, balancer, "refresh_every"), taking_part)
-    return weights, seen
+    return weighed_exactly(exact, balancer, rows, running)
 
 
 def _probed(

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from mtlwrap.balancers.base import Balancer
-from mtlwrap.gradients import TaskGradients
+from mtlwrap.gradients import completed, plain
 from mtlwrap.state import WideBuffers
 
 
@@ -109,24 +108,21 @@ class Exact:
         self.parameters = tuple(parameters)
         self.schedule = schedule
 
-    def gradients(
-        self,
-        rows: Sequence[Sequence[Tensor | None]],
-        taking_part: tuple[bool, ...],
-        on_z: TaskGradients,
-        scale: Tensor | None,
-    ) -> TaskGradients:
-        """The task gradients made of a row for each task that takes part, with an entry per parameter."""
+    def parts(
+        self, rows: Sequence[Sequence[Tensor | None]], taking_part: tuple[bool, ...]
+    ) -> list[list[Tensor | None]]:
+        """For each parameter, as a vector, the gradient of each task, from a row for each task that takes part."""
         remaining = iter(rows)
         by_task = [next(remaining) if present else [None] * len(self.parameters) for present in taking_part]
-        first = taking_part.index(True)
-        parts = []
-        for index, parameter in enumerate(self.parameters):
-            part = [None if row[index] is None else _flat(cast("Tensor", row[index])) for row in by_task]
-            if all(gradient is None for gradient in part):
-                part[first] = parameter.detach().new_zeros(()).expand(parameter.numel())
-            parts.append(part)
-        return TaskGradients.from_parts(parts, taking_part, on_z.losses, scale, on_z.loss_factors, has_batch=False)
+        return [
+            completed(
+                [_flat(row[index]) for row in by_task],
+                taking_part,
+                (parameter.numel(),),
+                (parameter.dtype, parameter.device),
+            )
+            for index, parameter in enumerate(self.parameters)
+        ]
 
     def shaped(self, shared: Sequence[Tensor], rows: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
         """The shared gradient in the parameters' shapes; nothing for one that no task reaches."""
@@ -141,6 +137,7 @@ class Exact:
         balancer.prepare([parameter.detach().reshape(1, -1) for parameter in self.parameters])
 
 
-def _flat(gradient: Tensor) -> Tensor:
+def _flat(gradient: Tensor | None) -> Tensor | None:
     """As a vector; that of an embedding can be sparse."""
-    return (gradient if gradient.layout == torch.strided else gradient.to_dense()).reshape(-1)
+    dense = plain(gradient)
+    return None if dense is None else dense.reshape(-1)

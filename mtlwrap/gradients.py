@@ -99,7 +99,7 @@ class TaskGradients:
     ) -> None:
         self._taking_part = tuple(taking_part)
         self._parts = [
-            [_plain(gradient) if present else None for gradient, present in zip(part, taking_part, strict=True)]
+            [plain(gradient) if present else None for gradient, present in zip(part, taking_part, strict=True)]
             for part in parts
         ]
         first = next((g for part in self._parts for g in part if g is not None), torch.zeros(0))
@@ -475,11 +475,25 @@ def _accumulator(like: Tensor) -> torch.dtype:
     return torch.float32 if like.device.type == "mps" else torch.float64  # there is no float64 on mps
 
 
-def _plain(gradient: Tensor | None) -> Tensor | None:
+def plain(gradient: Tensor | None) -> Tensor | None:
     """Dense, and with its conjugation carried out, so that it can be read as it lies in memory."""
     if gradient is None:
         return None
     return (gradient if gradient.layout == torch.strided else gradient.to_dense()).resolve_conj()
+
+
+def completed(
+    part: Sequence[Tensor | None],
+    taking_part: Sequence[bool],
+    shape: Sequence[int],
+    like: tuple[torch.dtype, torch.device],
+) -> list[Tensor | None]:
+    """The tasks' gradients on one tensor; if there is none, with zeros for a task, so that the length is known."""
+    filled = list(part)
+    if not any(present and gradient is not None for gradient, present in zip(part, taking_part, strict=True)):
+        dtype, device = like
+        filled[list(taking_part).index(True)] = torch.zeros((), dtype=dtype, device=device).expand(*shape)
+    return filled
 
 
 @contextmanager

@@ -249,9 +249,8 @@ class Junction:
 
     def _check_exact(self, forks: Sequence[ForkState]) -> None:
         """Refuse what cannot be run backward once per task; once, for the graphs of a training are all alike."""
-        if self._seen_exact or not any(fork.exact is not None for fork in forks):
-            return
-        for fork in forks:
-            check_whole(cast("Exact", fork.exact).parameters)
-            check_repeatable(fork.edges)
-        self._seen_exact = True
+        for fork in () if self._seen_exact else forks:
+            if fork.exact is not None:
+                check_whole(fork.exact.parameters)
+                check_repeatable(fork.edges)
+                self._seen_exact = True

@@ -11,7 +11,7 @@ wrapper is not there.
 
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from mtlwrap.aliases import alias
 from mtlwrap.balancers.base import Balancer
 from mtlwrap.exact import Exact
-from mtlwrap.gradients import TaskGradients
+from mtlwrap.gradients import TaskGradients, completed
 from mtlwrap.passes import Decision, Order, Pass, graph_task_id, keeps_graph, remember
 from mtlwrap.probe import pull_back, wants_the_pass
 from mtlwrap.report import Report
@@ -106,53 +106,42 @@ class ForkState:
         """As the balancer decides, the gradients of the representation, of its own parameters, of shared parameters."""
         if running.decision is not None:
             return self._carry_out(running.decision)
-        gradients = self._gradients(parts, running)
+        gradients = running.task_gradients(self.completed(parts, running.order.taking_part))
         if self.exact is not None:
-            return self._balance_exactly(parts, gradients, running)
+            return self._balance_exactly(self.exact, parts, gradients, running)
         weights = decided_weights(self.balancer, gradients)
-        if weights is None:
-            shared = gradients.scaled(self.balancer.combine(gradients))
-        else:
-            shared = gradients.scaled_sum(weights)
+        shared = shared_gradient(self.balancer, gradients, weights)
         self._report(weights, gradients)
         return [*where_read(shared, parts), *self._own(gradients, running.scale)]
 
     def _balance_exactly(
-        self, parts: list[list[Tensor | None]], on_z: TaskGradients, running: Pass
+        self, exact: Exact, parts: list[list[Tensor | None]], on_z: TaskGradients, running: Pass
     ) -> list[Tensor | None]:
         """The same with the gradients on the shared parameters: the backbone's backward runs here, once per task.
 
         Their weighted sum is handed to the parameters from here, unless the backbone's graph leads to something else
-        that wants a gradient: then one more pass is left to autograd.
+        that wants a gradient, or someone looks on there: then one more pass is left to autograd.
         """
-        exact = cast("Exact", self.exact)
-        schedule, taking_part = exact.schedule, running.order.taking_part
+        taking_part = running.order.taking_part
         nothing: list[Tensor | None] = [None] * len(exact.parameters)
-        if schedule is not None and not schedule.is_due(taking_part):
-            weights = schedule.reuse(on_z.active)
+        if exact.schedule is not None and not exact.schedule.is_due(taking_part):
+            weights = exact.schedule.reuse(on_z.active)
             # Without gradients: those on the parameters are not known now, and others would be mistaken for them.
             self.report.fill(raw_weights(weights, on_z), None, self.scope)
-            shared = where_read(on_z.scaled_sum(weights), parts)
-            return [*shared, *[None] * len(self.parameters), *nothing]
+            return [*where_read(on_z.scaled_sum(weights), parts), *[None] * len(self.parameters), *nothing]
         rows = [
             pull_back(self.edges, [part[task] for part in parts], exact.parameters)
-            for task in (task for task, present in enumerate(taking_part) if present)
+            for task, present in enumerate(taking_part)
+            if present
         ]
-        gradients = exact.gradients(rows, taking_part, on_z, running.scale)
-        chosen = decided_weights(self.balancer, gradients)
-        if schedule is not None:
-            schedule.keep(needed(chosen, self.balancer, "refresh_every"), taking_part)
+        chosen, gradients = weighed_exactly(exact, self.balancer, rows, running)
         self._report(chosen, gradients)
         own = self._own(gradients, running.scale)
         # With create_graph the derivative of the shared gradient is wanted, which these are not connected to.
-        # And what looks at gradients on their way through the backbone must see this one pass too.
         if self.hooked or torch.is_grad_enabled() or wants_the_pass(self.edges, exact.parameters):
             weights = needed(chosen, self.balancer, "a backbone with hooks, or whose input wants a gradient,")
             return [*where_read(on_z.scaled_sum(weights), parts), *own, *nothing]
-        if chosen is None:
-            combined = gradients.scaled(self.balancer.combine(gradients))
-        else:
-            combined = gradients.scaled_sum(chosen)
+        combined = shared_gradient(self.balancer, gradients, chosen)
         return [*[None] * self.num_tensors, *own, *exact.shaped(combined, rows)]
 
     def _carry_out(self, decision: Decision) -> list[Tensor | None]:
@@ -161,20 +150,8 @@ class ForkState:
         others = [None] * (self.num_others - len(self.parameters))
         return [*decision.shared[self], *map(own.get, self.parameters), *others]
 
-    def _gradients(self, parts: list[list[Tensor | None]], running: Pass) -> TaskGradients:
-        order = running.order
-        return TaskGradients.from_parts(
-            self.completed(parts, order.taking_part),
-            order.taking_part,
-            order.spread(order.losses, torch.nan),
-            running.scale,
-            order.spread(running.loss_factors, 0.0),
-        )
-
     def _own(self, gradients: TaskGradients, scale: Tensor) -> list[Tensor | None]:
-        with torch.no_grad():
-            own = {name: g * scale.to(g) for name, g in self.balancer.own_gradients(gradients).items()}
-        return list(map(own.get, self.parameters))
+        return list(map(scaled_own(self.balancer, gradients, scale).get, self.parameters))
 
     def _report(self, weights: Tensor | None, gradients: TaskGradients) -> None:
         self.report.fill(raw_weights(weights, gradients), gradients, self.scope)
@@ -193,13 +170,10 @@ class ForkState:
 
     def completed(self, parts: list[list[Tensor | None]], taking_part: tuple[bool, ...]) -> list[list[Tensor | None]]:
         """With zeros for a tensor that no task reads, so that the gradients' length is always the representation's."""
-        completed = []
-        for part, (shape, dtype, device) in zip(parts, self._forms, strict=True):
-            if not any(present and g is not None for g, present in zip(part, taking_part, strict=True)):
-                part = list(part)
-                part[taking_part.index(True)] = torch.zeros((), dtype=dtype, device=device).expand(shape)
-            completed.append(part)
-        return completed
+        return [
+            completed(part, taking_part, shape, (dtype, device))
+            for part, (shape, dtype, device) in zip(parts, self._forms, strict=True)
+        ]
 
 
 def decided_weights(balancer: Balancer, gradients: TaskGradients) -> Tensor | None:
@@ -217,6 +191,29 @@ def decided_weights(balancer: Balancer, gradients: TaskGradients) -> Tensor | No
             f"{tuple(weights.shape)}."
         )
     return weights
+
+
+def shared_gradient(balancer: Balancer, gradients: TaskGradients, weights: Tensor | None) -> list[Tensor]:
+    """What the balancer makes of the gradients, as autograd wants it back; ``weights`` are its own, if it has any."""
+    return gradients.scaled(balancer.combine(gradients)) if weights is None else gradients.scaled_sum(weights)
+
+
+def scaled_own(balancer: Balancer, gradients: TaskGradients, scale: Tensor) -> dict[str, Tensor]:
+    """The gradients of the balancer's own parameters, by name, as autograd wants them back."""
+    with torch.no_grad():
+        return {name: own * scale.to(own) for name, own in balancer.own_gradients(gradients).items()}
+
+
+def weighed_exactly(
+    exact: Exact, balancer: Balancer, rows: Sequence[Sequence[Tensor | None]], running: Pass
+) -> tuple[Tensor | None, TaskGradients]:
+    """The balancer's weights for gradients on the shared parameters, a row for each task that takes part."""
+    taking_part = running.order.taking_part
+    gradients = running.task_gradients(exact.parts(rows, taking_part), has_batch=False)
+    weights = decided_weights(balancer, gradients)
+    if exact.schedule is not None:
+        exact.schedule.keep(needed(weights, balancer, "refresh_every"), taking_part)
+    return weights, gradients
 
 
 def raw_weights(weights: Tensor | None, gradients: TaskGradients) -> Tensor | None:
@@ -296,7 +293,8 @@ class LossesNode(torch.autograd.Function):
         if running is not None:
             running.loss_factors = gradient.detach() / torch.where(running.scale == 0, 1.0, running.scale)
             if running.order.decide is not None:
-                running.decision = running.order.decide(gradient, running)
+                with without_autocast(gradient.device.type):
+                    running.decision = running.order.decide(gradient, running)
             if running.decision is not None and running.decision.head_factors is not None:
                 gradient = gradient * running.decision.head_factors.to(gradient)
         returned = zip(gradient.unbind(), ctx.like, strict=True)

@@ -3,7 +3,7 @@
 The names of torch used here that are not public each have a fall-back.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,18 @@ class Pass:
         self.scale = scale
         self.loss_factors: Tensor | None = None
         self.decision: Decision | None = None
+
+    def task_gradients(self, parts: Sequence[Sequence[Tensor | None]], *, has_batch: bool = True) -> TaskGradients:
+        """Gradients that arrived in this pass, for each task, with what is known of the tasks' losses."""
+        order = self.order
+        return TaskGradients.from_parts(
+            parts,
+            order.taking_part,
+            order.spread(order.losses, torch.nan),
+            self.scale,
+            order.spread(self.loss_factors, 0.0),
+            has_batch=has_batch,
+        )
 
 
 def remember(passes: dict[int, Pass], running: Pass) -> None:

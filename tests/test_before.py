@@ -267,6 +267,21 @@ def test_second_derivatives_are_refused() -> None:
         torch.autograd.grad(total, list(model.shared_parameters()), create_graph=True)
 
 
+def test_a_decision_made_early_is_spared_autocast() -> None:
+    class Multiplies(Ones):
+        dtypes: list[torch.dtype] = []  # noqa: RUF012
+
+        def weigh(self, gradients: TaskGradients) -> Tensor:
+            self.dtypes.append((gradients.matrix @ gradients.matrix.T).dtype)
+            return super().weigh(gradients)
+
+    model = make_model(Multiplies(), weigh_heads=True).float()
+    total = model.scalarize(make_losses(model(make_input(dtype=torch.float32))))
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        total.backward()
+    assert Multiplies.dtypes == [torch.float32]
+
+
 def test_nothing_moves_before_the_backward_pass() -> None:
     model = make_model(ExcessMTL(0.5), weigh_heads=True)
     model.backward(make_losses(model(make_input())))
