@@ -53,9 +53,9 @@ def decide(
             "or an auxiliary loss that reads predictions."
         )
     taking_part = running.order.taking_part
-    present = [task for task, is_present in enumerate(taking_part) if is_present]
+    here = [task for task, is_here in enumerate(running.order.here) if is_here]
     arrived = {fork: fork.by_task([None] * (len(fork.tasks) * fork.num_tensors)) for fork in forks}
-    for task, gradient in zip(present, upstream.unbind(), strict=True):
+    for task, gradient in zip(here, running.order.only_here(upstream.unbind()), strict=True):
         loss = cast("Tensor", losses[task])
         at = [(fork, index, edge) for fork in forks for index, edge in enumerate(fork.outputs_of(task))]
         found = _probed([loss], [gradient.to(loss)], [edge for _, _, edge in at])
@@ -68,15 +68,18 @@ def decide(
     else:
         weights = needed(weights, balancer, "a decision before the backward pass")
         combined = {fork: own.scaled_sum(weights) for fork, own in on_z.items()}
-    shared = {fork: where_read(combined[fork], parts) for fork, parts in arrived.items()}
+    shared = {fork: _read(combined[fork], parts, running) for fork, parts in arrived.items()}
     if auxiliary is not None:
         for fork in forks:
             _add_auxiliary(auxiliary, running.scale, fork, shared[fork])
     head_factors = None
     if weigh_heads and weights is not None and balancer.sees_gradients:
         # Never a negative weight on a loss of a head, which would train it uphill.
+        present = [task for task, is_present in enumerate(taking_part) if is_present]
         head_factors = select(weights.detach().clamp(min=0.0), present)
     own_gradients = {} if gradients is None else scaled_own(balancer, gradients, running.scale)
+    if gradients is not None:
+        gradients.part()
     raw = raw_weights(weights, next(iter(on_z.values())))
     return Decision(shared, own_gradients, raw, gradients, head_factors)
 
@@ -92,7 +95,10 @@ def _weigh_jointly(
     exact = first.exact
     if exact is None:
         if len(on_z) > 1:
-            seen = running.task_gradients(_summed_over_batches(arrived))
+            summed, ranks = _summed_over_batches(arrived), running.order.ranks
+            if ranks is not None:
+                summed = ranks.mean_parts(summed)
+            seen = running.task_gradients(summed, of_all=True)
         return decided_weights(balancer, seen), seen
     if exact.schedule is not None and not exact.schedule.is_due(taking_part):
         return exact.schedule.reuse(seen.active), None
@@ -102,7 +108,13 @@ def _weigh_jointly(
             _probed(fork.edges, [part[task] for part in parts], exact.parameters) for fork, parts in arrived.items()
         ]
         rows.append([plain_sum(of_parameter) for of_parameter in zip(*found, strict=True)])
-    return weighed_exactly(exact, balancer, rows, running)
+    weights, seen, _ = weighed_exactly(exact, balancer, rows, running)
+    return weights, seen
+
+
+def _read(shared: list[Tensor], parts: Sequence[Sequence[Tensor | None]], running: Pass) -> list[Tensor | None]:
+    # Which tensors are read here says nothing about the other processes, where the same must run.
+    return where_read(shared, parts) if running.order.ranks is None else [*shared]
 
 
 def _probed(

@@ -9,6 +9,7 @@ from itertools import combinations_with_replacement
 import torch
 from torch import Tensor
 
+from mtlwrap.processes import Ranks
 from mtlwrap.surroundings import without_autocast
 
 # Columns of the gradient matrix that are handled at once: small enough to stay in a processor's cache.
@@ -73,6 +74,7 @@ class TaskGradients:
         loss_factors: Tensor | None = None,
         *,
         has_batch: bool = True,
+        ranks: Ranks | None = None,
     ) -> "TaskGradients":
         """From gradients as autograd hands them over.
 
@@ -83,9 +85,11 @@ class TaskGradients:
             scale: what the total was multiplied with, 0-dim; it is divided out of every answer.
             loss_factors: with what factor a loss balancer let each loss into the total, ``[T]``.
             has_batch: whether the first dimension of each part is the batch; if not, the parts are vectors.
+            ranks: the processes whose batches make up the step with this one's, if there are several.
         """
         gradients = cls.__new__(cls)
         gradients._fill(parts, taking_part, losses, scale)
+        gradients._ranks = ranks
         gradients._loss_factors = loss_factors
         gradients._has_batch = has_batch
         return gradients
@@ -109,6 +113,7 @@ class TaskGradients:
         self._scale = scale
         self._loss_factors: Tensor | None = None
         self._has_batch = True
+        self._ranks: Ranks | None = None
         self._released = False
 
     def __repr__(self) -> str:
@@ -159,14 +164,14 @@ class TaskGradients:
     @cached_property
     def gramian(self) -> Tensor:
         r"""All inner products :math:`\langle g_s, g_t \rangle`: float64, ``[T, T]``."""
-        raw = self._raw_gramian
-        return raw / self._divisor(raw).square()
+        raw, divisor = self._products
+        return raw / divisor.square()
 
     @cached_property
     def norms(self) -> Tensor:
         r"""The norms :math:`\lVert g_t \rVert_2`: float64, ``[T]``; zero for a task that takes no part."""
-        raw = self._raw_gramian.diagonal().sqrt()
-        return raw / self._divisor(raw).abs()
+        raw, divisor = self._products
+        return raw.diagonal().sqrt() / divisor.abs()
 
     @cached_property
     def cosines(self) -> Tensor:
@@ -175,16 +180,18 @@ class TaskGradients:
         A gradient of zero has a cosine of 0 with every other, and of 1 with itself. They do not depend on how the
         losses are scaled.
         """
-        norms = self._raw_gramian.diagonal().sqrt()
+        raw, _ = self._products
+        norms = raw.diagonal().sqrt()
         norms = torch.where(norms == 0, 1.0, norms)
-        cosines = (self._raw_gramian / norms[:, None] / norms[None, :]).clamp(-1.0, 1.0)
+        cosines = (raw / norms[:, None] / norms[None, :]).clamp(-1.0, 1.0)
         # Exactly one on the diagonal, also for zero gradients; adding a NaN's own would hide it.
         return torch.where(torch.eye(self.num_tasks, dtype=torch.bool, device=norms.device), 1.0, cosines)
 
     @cached_property
     def finite(self) -> Tensor:
         """Whether every gradient is finite: boolean, 0-dim."""
-        return self._raw_gramian.diagonal().isfinite().all()
+        raw, _ = self._products
+        return raw.diagonal().isfinite().all()
 
     @cached_property
     def matrix(self) -> Tensor:
@@ -192,7 +199,13 @@ class TaskGradients:
 
         Asking for it takes the memory of a copy of all gradients; nothing else here does.
         """
-        with _plain_arithmetic(self._checked()):
+        like = self._checked()
+        if self._ranks is not None:
+            raise ValueError(
+                "With several processes the gradients on the representation are spread over them, each holding those "
+                'on its own batch. For a balancer that needs whole gradients use gradients="parameters".'
+            )
+        with _plain_arithmetic(like):
             return self._unscaled(torch.stack([self._row(task) for task in range(self.num_tasks)]))
 
     def batch_sums(self, feature_dim: int | None = None, rows: slice = slice(None)) -> Tensor:
@@ -219,7 +232,16 @@ class TaskGradients:
                     piece = row[start : (start := start + num_features(layout.shape, layout.dtype, kept))]
                     if (gradient := part[task]) is not None:
                         piece.copy_(_summed(gradient, kept))
-            return sums if self._scale is None else sums.div_(self._divisor(sums))
+            sums = sums if self._scale is None else sums.div_(self._divisor(sums))
+            return sums if self._ranks is None else self._ranks.mean(sums)
+
+    def pooled(self, products: Tensor) -> Tensor:
+        """Sums over the samples of products of two gradients, from this process's samples to those of all."""
+        return products if self._ranks is None else self._ranks.mean(products) / self._ranks.size
+
+    def part(self) -> None:
+        """Called when the decision is made: what was not asked by then is answered from this process alone."""
+        self._ranks = None
 
     def num_features(self, feature_dim: int | None = None) -> int:
         """How many features :meth:`batch_sums` has."""
@@ -265,7 +287,7 @@ class TaskGradients:
             "cosines",
             "finite",
             "matrix",
-            "_raw_gramian",
+            "_products",
         ):
             self.__dict__.pop(name, None)
 
@@ -324,7 +346,15 @@ class TaskGradients:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     @cached_property
-    def _raw_gramian(self) -> Tensor:
+    def _products(self) -> tuple[Tensor, Tensor]:
+        """All inner products, and what to divide the gradients in them by."""
+        raw = self._products_here()
+        divisor = self._divisor(raw)
+        return (
+            (raw, divisor) if self._ranks is None else (self.pooled(raw / divisor.square()), torch.ones_like(divisor))
+        )
+
+    def _products_here(self) -> Tensor:
         like = self._checked()
         with _plain_arithmetic(like):
             total = torch.zeros(self.num_tasks, self.num_tasks, dtype=_accumulator(like), device=like.device)

@@ -4,23 +4,33 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtlwrap.aliases import each_its_own
 from mtlwrap.balancers.base import Balancer
+from mtlwrap.connection import connect
 from mtlwrap.decision import decide
 from mtlwrap.exact import Exact
 from mtlwrap.nodes import ForkNode, ForkState, LossesNode, ScalarNode, vector_of
 from mtlwrap.passes import Order
 from mtlwrap.probe import check_repeatable, check_whole
+from mtlwrap.processes import Peers
 from mtlwrap.report import Report
 from mtlwrap.step import current_scope
 from mtlwrap.structure import differentiable_tensors
 from mtlwrap.surroundings import opaque, transforming
 from mtlwrap.walk import Walk
+
+
+class _Connected(NamedTuple):
+    """A forward whose predictions are connected: of which tasks, by what, from which fork, if any."""
+
+    tasks: frozenset[int]
+    token: Tensor
+    fork: "weakref.ref[ForkState] | None"
 
 
 class Junction:
@@ -29,13 +39,15 @@ class Junction:
     It does not know the model and holds no tensor of a graph.
     """
 
-    def __init__(self, tasks: Sequence[str], weigh_heads: bool = False) -> None:
+    def __init__(self, tasks: Sequence[str], weigh_heads: bool = False, peers: Peers | None = None) -> None:
         self.tasks = tuple(tasks)
         self.weigh_heads = weigh_heads
+        self.peers = Peers() if peers is None else peers
         self.report = Report()
         # The last forward under gradients: True if it forked, False if its representation needed no gradient.
         self._forked: bool | None = None
-        self._device = torch.device("cpu")
+        # Of a total of no losses.
+        self._device, self._dtype = torch.device("cpu"), torch.float32
         self._alive: list[weakref.ref[ForkState]] = []
         self._prune_at = 32
         self._lock = threading.Lock()
@@ -45,13 +57,15 @@ class Junction:
         self._detached: set[int] = set()
         # Whether the graph of exact gradients was looked at.
         self._seen_exact = False
+        # Forwards whose predictions are connected, until they are scalarized.
+        self._waiting: list[_Connected] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Forks belong to graphs, and a copy of a model has none yet.
-        return {"tasks": self.tasks, "weigh_heads": self.weigh_heads, "report": self.report}
+        return {"tasks": self.tasks, "weigh_heads": self.weigh_heads, "peers": self.peers, "report": self.report}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["tasks"], state["weigh_heads"])  # type: ignore[misc]
+        self.__init__(state["tasks"], state["weigh_heads"], state.get("peers"))  # type: ignore[misc]
         self.report = state["report"]
 
     @opaque
@@ -80,6 +94,8 @@ class Junction:
             )
         forked = [t for t in tensors if t.requires_grad] if torch.is_grad_enabled() else []
         self._device = tensors[0].device
+        dtype = tensors[0].dtype
+        self._dtype = torch.promote_types(dtype.to_real() if dtype.is_complex else dtype, torch.float32)
         own, shared = self._through_node(forked, balancer, tuple(tasks), exact)
         if torch.is_grad_enabled():
             self._forked = bool(forked)
@@ -118,40 +134,97 @@ class Junction:
         return own, {}
 
     @opaque
+    def meet(self, model: nn.Module) -> None:
+        """Find the processes that train the model together; before a forward under gradients, if there are several."""
+        self.peers.meet(model)
+
+    @opaque
+    def connect(self, predictions: dict[int, Any], balancer: Balancer) -> dict[int, Any]:
+        """With several processes, the predictions connected: whichever losses a process has, it runs every head."""
+        if self.peers.ranks is None or not torch.is_grad_enabled():
+            return predictions
+        connected, token = connect(predictions, [p for p in balancer.parameters() if p.requires_grad])
+        if token is not None:
+            tasks = frozenset(predictions)
+            with self._lock:
+                # A forward that another one has replaced is not waited for: its graph is to be freed.
+                self._waiting = [other for other in self._waiting if tasks.isdisjoint(other.tasks)]
+                self._waiting.append(_Connected(tasks, token, self._alive[-1] if self._forked else None))
+        return connected
+
+    @opaque
     def scalarize(self, losses: Sequence[Tensor | None], balancer: Balancer, auxiliary: Tensor | None = None) -> Tensor:
         """The total to call ``backward`` on, with the order to balance attached; ``losses`` has one entry per task."""
         tracking = torch.is_grad_enabled()
-        taking_part = tuple(loss is not None and (loss.requires_grad or not tracking) for loss in losses)
-        chosen = [loss for loss, present in zip(losses, taking_part, strict=True) if loss is not None and present]
+        here = tuple(loss is not None and (loss.requires_grad or not tracking) for loss in losses)
+        chosen = [loss for loss, present in zip(losses, here, strict=True) if loss is not None and present]
         if not chosen and any(loss is not None for loss in losses):
             raise ValueError(
                 "None of the losses requires grad: there is nothing to train. Was the forward run under "
                 "torch.no_grad, or were the predictions detached?"
             )
-        tasks = None if all(taking_part) else [t for t, present in enumerate(taking_part) if present]
-        if not tracking:
-            total = balancer.scalarize(vector_of(chosen), tasks) if chosen else torch.zeros((), device=self._device)
-            return total if auxiliary is None else total + auxiliary
-        if not chosen:  # a batch without a label: backward works and does nothing
-            total = torch.zeros((), device=self._device, requires_grad=True)
-            return total if auxiliary is None else total + auxiliary
-        forks, joint = self._forks_of(losses, taking_part)
+        if tracking:
+            total = self._total(losses, here, chosen, balancer, auxiliary)
+        elif chosen:
+            total = balancer.scalarize(vector_of(chosen), _positions(here))
+        else:
+            total = torch.zeros((), device=self._device)
+        return total if auxiliary is None else total + auxiliary
+
+    def _total(
+        self,
+        losses: Sequence[Tensor | None],
+        here: tuple[bool, ...],
+        chosen: list[Tensor],
+        balancer: Balancer,
+        auxiliary: Tensor | None,
+    ) -> Tensor:
+        self.peers.check()
+        ranks = self.peers.ranks
+        forks, joint = self._forks_of(losses, here) if chosen else ([], False)
+        tokens: list[Tensor] = []
+        if ranks is not None:
+            forks, tokens = self._connected(forks)
+            joint = joint or any(one.tasks != other.tasks for one in forks for other in forks)
         self._check_exact(forks)
+        taking_part, values = here, vector_of(chosen) if chosen else torch.zeros(0, dtype=self._dtype, device=self._device)
+        if ranks is not None:
+            taking_part, values = ranks.agree(here, values)
+        if not any(taking_part):  # a batch without a label: backward works and does nothing
+            return sum(tokens, torch.zeros((), device=self._device, requires_grad=True))
         aside = auxiliary if auxiliary is not None and self._reaches(auxiliary, forks) else None
         if balancer.training and not transforming():
             balancer.constrain()
-        order = Order(taking_part)
-        vector = LossesNode.apply(order, *chosen)
-        total = balancer.scalarize(vector, tasks)
+        order = Order(taking_part, here, values, ranks)
+        vector = LossesNode.apply(order, len(tokens), *tokens, *chosen)
+        total = balancer.scalarize(vector, _positions(taking_part))
         if not isinstance(total, Tensor) or total.dim() != 0:
             shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
             raise ValueError(f"{type(balancer).__name__}.scalarize: expected to return a 0-dim tensor, got {shape}.")
         if (balancer.sees_gradients and forks and (joint or self.weigh_heads)) or aside is not None:
+            self._check_runs_ahead()
             order.decide = partial(
                 decide, losses=losses, forks=forks, balancer=balancer, auxiliary=aside, weigh_heads=self.weigh_heads
             )
-        total = cast("Tensor", ScalarNode.apply(order, forks, total))
-        return total if auxiliary is None else total + auxiliary
+        return cast("Tensor", ScalarNode.apply(order, forks, total))
+
+    def _connected(self, forks: list[ForkState]) -> tuple[list[ForkState], list[Tensor]]:
+        """The forks of all forwards that are to run backward, and the tokens that connect their predictions.
+
+        Those are the forwards that losses came from, and the others that wait: their losses are in other processes.
+        """
+        covered = {task for fork in forks for task in fork.tasks}
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        found, tokens = list(forks), []
+        for forward in waiting:
+            fork = None if forward.fork is None else forward.fork()
+            if fork in forks or covered.isdisjoint(forward.tasks):
+                tokens.append(forward.token)
+                found += [fork] if fork is not None and fork not in forks else []
+            else:
+                self._waiting.append(forward)
+        return sorted(found, key=lambda fork: fork.tasks), tokens
 
     def _living(self) -> list[ForkState]:
         """The forks whose graph can still be run backward."""
@@ -230,6 +303,9 @@ class Junction:
         if not others or walk.opaque or loss is None:
             return
         edges = [edge for _, edge in others]
+        if self.peers.ranks is not None:
+            # A backward pass through heads that are sharded would have to be run by all processes at once.
+            return
         gradients = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
         for (other, _), gradient in zip(others, gradients, strict=True):
             # NaN says nothing: 0 times NaN, from a loss next to this one, is NaN too.
@@ -247,10 +323,24 @@ class Junction:
             return False
         return not Walk(auxiliary, self).reached.keys().isdisjoint(forks)
 
+    def _check_runs_ahead(self) -> None:
+        """Refuse gradients ahead of the backward pass where heads are gathered from other processes for it."""
+        if self.peers.is_sharded:
+            raise ValueError(
+                "Batches of their own per task with a gradient balancer, weigh_heads=True and an auxiliary loss that "
+                "reads predictions run the heads backward twice, which sharded parameters (fully_shard) do not allow. "
+                "Use DistributedDataParallel, or a loss balancer."
+            )
+
     def _check_exact(self, forks: Sequence[ForkState]) -> None:
         """Refuse what cannot be run backward once per task; once, for the graphs of a training are all alike."""
         for fork in () if self._seen_exact else forks:
             if fork.exact is not None:
-                check_whole(fork.exact.parameters)
+                check_whole(fork.exact.parameters, bool(self.peers.is_sharded))
                 check_repeatable(fork.edges)
                 self._seen_exact = True
+
+
+def _positions(taking_part: Sequence[bool]) -> list[int] | None:
+    """Which tasks take part; None for all, which need no selection."""
+    return None if all(taking_part) else [task for task, present in enumerate(taking_part) if present]

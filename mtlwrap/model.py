@@ -13,6 +13,7 @@ from mtlwrap.gradients import TaskGradients
 from mtlwrap.heads import Heads
 from mtlwrap.junction import Junction
 from mtlwrap.losses import Losses, checked_auxiliary, collect
+from mtlwrap.processes import Peers, is_distributed
 from mtlwrap.watch import Watch
 
 
@@ -43,6 +44,10 @@ class MultiTaskModel(nn.Module):
         weigh_heads: whether a gradient balancer's weights reach the heads too, as in the weighted objective
             :math:`\sum_t \alpha_t L_t` of some papers; a negative weight counts 0 there. The heads are then run
             backward twice. The value of the total is still the sum of the losses.
+        process_group: which processes decide jointly, each with batches of its own: ``"auto"``, those of the
+            ``DistributedDataParallel`` around the model, or of the device mesh that its parameters are sharded over
+            (``fully_shard``); a group; or None, each by itself. They make the same steps as one process that minimises
+            the mean of their losses, an absent one counting 0.
 
     Attributes:
         backbone: the shared module.
@@ -84,6 +89,7 @@ class MultiTaskModel(nn.Module):
         *,
         gradients: str | Parameters = "representation",
         weigh_heads: bool = False,
+        process_group: Any = "auto",
     ) -> None:
         super().__init__()
         if not isinstance(backbone, nn.Module):
@@ -99,7 +105,7 @@ class MultiTaskModel(nn.Module):
         if isinstance(self._exact, Parameters) and self._exact.refresh_every > 1:
             self.schedule = Schedule(len(self.heads), self._exact.refresh_every)
         self.balancer = balancer  # type: ignore[assignment]  # __setattr__ makes it one
-        self._junction = Junction(self.heads.tasks, bool(weigh_heads))
+        self._junction = Junction(self.heads.tasks, bool(weigh_heads), Peers(process_group))
         self._watch = Watch()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -145,14 +151,22 @@ class MultiTaskModel(nn.Module):
         chosen = self._positions(tasks)
         representation = self.backbone(*args, **kwargs)
         own: Iterable[Any]
+        several = False
         if _is_captured():
             own = without_fork(representation, self.balancer, chosen)  # nothing to balance: no break in the graph
         else:
             # Compiled code gets them all at once, for it cannot look into what the junction does.
             lazily = not torch.compiler.is_compiling()
+            several = is_distributed() or getattr(self, "_is_replica", False)
+            if several and torch.is_grad_enabled():
+                self._junction.meet(self)
             own = self._junction.fork(representation, self.balancer, chosen, self._shared(), lazily=lazily)
-        predictions = {self.tasks[task]: self.heads[task](z) for task, z in zip(chosen, own, strict=True)}
-        return predictions if self.heads.named else [predictions.get(task) for task in self.tasks]
+        predictions = {task: self.heads[task](z) for task, z in zip(chosen, own, strict=True)}
+        if several:
+            predictions = self._junction.connect(predictions, self.balancer)
+        if self.heads.named:
+            return {self.tasks[task]: prediction for task, prediction in predictions.items()}
+        return [predictions.get(task) for task in range(len(self))]
 
     def scalarize(self, losses: Losses, auxiliary: Tensor | None = None) -> Tensor:
         r"""The scalar, 0-dim, whose ``backward()`` is a balanced step: return it to any trainer.
@@ -183,7 +197,7 @@ class MultiTaskModel(nn.Module):
         collected = collect(losses, self.tasks)
         total = self._junction.scalarize(collected, self.balancer, checked_auxiliary(auxiliary))
         if self.training and total.requires_grad:
-            self._watch.look(self, self.balancer)
+            self._watch.look(self, self.balancer, self._junction.peers)
         return total
 
     def backward(self, losses: Losses, auxiliary: Tensor | None = None, *, retain_graph: bool | None = None) -> None:

@@ -106,13 +106,15 @@ class ForkState:
         """As the balancer decides, the gradients of the representation, of its own parameters, of shared parameters."""
         if running.decision is not None:
             return self._carry_out(running.decision)
-        gradients = running.task_gradients(self.completed(parts, running.order.taking_part))
+        counted = running.arrived(parts)
+        gradients = running.task_gradients(self.completed(counted, running.order.taking_part))
         if self.exact is not None:
-            return self._balance_exactly(self.exact, parts, gradients, running)
+            return self._balance_exactly(self.exact, counted, gradients, running)
         weights = decided_weights(self.balancer, gradients)
         shared = shared_gradient(self.balancer, gradients, weights)
+        own = self._own(gradients, running.scale)
         self._report(weights, gradients)
-        return [*where_read(shared, parts), *self._own(gradients, running.scale)]
+        return [*where_read(shared, parts), *own]
 
     def _balance_exactly(
         self, exact: Exact, parts: list[list[Tensor | None]], on_z: TaskGradients, running: Pass
@@ -129,14 +131,14 @@ class ForkState:
             # Without gradients: those on the parameters are not known now, and others would be mistaken for them.
             self.report.fill(raw_weights(weights, on_z), None, self.scope)
             return [*where_read(on_z.scaled_sum(weights), parts), *[None] * len(self.parameters), *nothing]
-        rows = [
+        rows: Sequence[Sequence[Tensor | None]] = [
             pull_back(self.edges, [part[task] for part in parts], exact.parameters)
             for task, present in enumerate(taking_part)
             if present
         ]
-        chosen, gradients = weighed_exactly(exact, self.balancer, rows, running)
-        self._report(chosen, gradients)
+        chosen, gradients, rows = weighed_exactly(exact, self.balancer, rows, running)
         own = self._own(gradients, running.scale)
+        self._report(chosen, gradients)
         # With create_graph the derivative of the shared gradient is wanted, which these are not connected to.
         if self.hooked or torch.is_grad_enabled() or wants_the_pass(self.edges, exact.parameters):
             weights = needed(chosen, self.balancer, "a backbone with hooks, or whose input wants a gradient,")
@@ -154,6 +156,7 @@ class ForkState:
         return list(map(scaled_own(self.balancer, gradients, scale).get, self.parameters))
 
     def _report(self, weights: Tensor | None, gradients: TaskGradients) -> None:
+        gradients.part()
         self.report.fill(raw_weights(weights, gradients), gradients, self.scope)
 
     def feature_shapes(self) -> list[torch.Size]:
@@ -206,14 +209,19 @@ def scaled_own(balancer: Balancer, gradients: TaskGradients, scale: Tensor) -> d
 
 def weighed_exactly(
     exact: Exact, balancer: Balancer, rows: Sequence[Sequence[Tensor | None]], running: Pass
-) -> tuple[Tensor | None, TaskGradients]:
-    """The balancer's weights for gradients on the shared parameters, a row for each task that takes part."""
-    taking_part = running.order.taking_part
-    gradients = running.task_gradients(exact.parts(rows, taking_part), has_batch=False)
+) -> tuple[Tensor | None, TaskGradients, Sequence[Sequence[Tensor | None]]]:
+    """The balancer's weights for gradients on the shared parameters, a row for each task that takes part.
+
+    With several processes these are the means of their rows, which are returned too.
+    """
+    taking_part, ranks = running.order.taking_part, running.order.ranks
+    if ranks is not None:
+        rows = ranks.mean_rows(rows, exact.parameters)
+    gradients = running.task_gradients(exact.parts(rows, taking_part), has_batch=False, of_all=True)
     weights = decided_weights(balancer, gradients)
     if exact.schedule is not None:
         exact.schedule.keep(needed(weights, balancer, "refresh_every"), taking_part)
-    return weights, gradients
+    return weights, gradients, rows
 
 
 def raw_weights(weights: Tensor | None, gradients: TaskGradients) -> Tensor | None:
@@ -276,13 +284,16 @@ class ForkNode(torch.autograd.Function):
 
 
 class LossesNode(torch.autograd.Function):
-    """Forward: the losses as one vector. Backward: notes the factor with which each enters the total."""
+    """Forward: the losses as one vector. Backward: notes the factor with which each enters the total.
+
+    Its inputs are tokens, which get a gradient of zero, and behind them the losses of this process.
+    """
 
     @staticmethod
-    def forward(ctx: Any, order: Order, *losses: Tensor) -> Tensor:
+    def forward(ctx: Any, order: Order, num_tokens: int, *inputs: Tensor) -> Tensor:
         ctx.order = order
-        ctx.like = [(loss.dtype, loss.device) for loss in losses]
-        order.losses = vector_of(losses)
+        ctx.tokens = [(token.dtype, token.device) for token in inputs[:num_tokens]]
+        ctx.like = [(loss.dtype, loss.device) for loss in inputs[num_tokens:]]
         return order.losses.clone()
 
     @staticmethod
@@ -297,8 +308,9 @@ class LossesNode(torch.autograd.Function):
                     running.decision = running.order.decide(gradient, running)
             if running.decision is not None and running.decision.head_factors is not None:
                 gradient = gradient * running.decision.head_factors.to(gradient)
-        returned = zip(gradient.unbind(), ctx.like, strict=True)
-        return (None, *(g.to(dtype=dtype, device=device) for g, (dtype, device) in returned))
+        returned = zip(ctx.order.only_here(gradient.unbind()), ctx.like, strict=True)
+        nothing = [gradient.new_zeros((), dtype=dtype, device=device) for dtype, device in ctx.tokens]
+        return None, None, *nothing, *(g.to(dtype=dtype, device=device) for g, (dtype, device) in returned)
 
 
 class ScalarNode(torch.autograd.Function):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mtlwrap.gradients import TaskGradients
+from mtlwrap.processes import Ranks
 
 
 def unknown_graph_task() -> int:
@@ -48,15 +49,31 @@ class Decision:
 
 
 class Order:
-    """What one ``scalarize`` tells the forks: who takes part, the losses' values, whether to decide ahead of them."""
+    """What one ``scalarize`` tells the forks: who takes part, the losses' values, whether to decide ahead of them.
 
-    def __init__(self, taking_part: tuple[bool, ...]) -> None:
+    Args:
+        taking_part: for each task, whether it takes part in any process.
+        here: whether it does so in this one.
+        losses: the values of the losses that take part, a vector; the means over the processes.
+        ranks: the processes, if there are several.
+    """
+
+    def __init__(
+        self, taking_part: tuple[bool, ...], here: tuple[bool, ...], losses: Tensor, ranks: Ranks | None = None
+    ) -> None:
         self.taking_part = taking_part
-        self.losses: Tensor | None = None
+        self.here = here
+        self.losses = losses
+        self.ranks = ranks
         # Makes a decision, given the gradients on the losses, in a pass; None leaves it to the fork.
         self.decide: Callable[[Tensor, Pass], Decision] | None = None
         # By graph task: several threads may run backward through one total.
         self.passes: dict[int, Pass] = {}
+
+    def only_here(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Of one entry for each task that takes part, those of this process."""
+        present = [here for here, anywhere in zip(self.here, self.taking_part, strict=True) if anywhere]
+        return [gradient for gradient, here in zip(gradients, present, strict=True) if here]
 
     def spread(self, values: Tensor | None, absent: float) -> Tensor | None:
         """Values of the tasks that take part, at their places among all tasks."""
@@ -76,8 +93,20 @@ class Pass:
         self.loss_factors: Tensor | None = None
         self.decision: Decision | None = None
 
-    def task_gradients(self, parts: Sequence[Sequence[Tensor | None]], *, has_batch: bool = True) -> TaskGradients:
-        """Gradients that arrived in this pass, for each task, with what is known of the tasks' losses."""
+    def arrived(self, parts: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
+        """The gradients that count: what arrives of a task that takes no part here does not."""
+        return [[g if here else None for g, here in zip(part, self.order.here, strict=True)] for part in parts]
+
+    def task_gradients(
+        self, parts: Sequence[Sequence[Tensor | None]], *, has_batch: bool = True, of_all: bool = False
+    ) -> TaskGradients:
+        """Gradients that arrived in this pass, for each task, with what is known of the tasks' losses.
+
+        Args:
+            parts: the gradients, for each tensor of the representation.
+            has_batch: whether their first dimension is the batch.
+            of_all: whether they are those of all processes already.
+        """
         order = self.order
         return TaskGradients.from_parts(
             parts,
@@ -86,6 +115,7 @@ class Pass:
             self.scale,
             order.spread(self.loss_factors, 0.0),
             has_batch=has_batch,
+            ranks=None if of_all else order.ranks,
         )
 
 

@@ -67,13 +67,13 @@ def check_repeatable(edges: Sequence[GradientEdge]) -> None:
             )
 
 
-def check_whole(parameters: Sequence[Tensor]) -> None:
+def check_whole(parameters: Sequence[Tensor], is_sharded: bool) -> None:
     """Refuse parameters of which this process holds a part.
 
     Raises:
         ValueError: one is sharded.
     """
-    if any(hasattr(parameter, "device_mesh") for parameter in parameters):
+    if is_sharded or any(hasattr(parameter, "device_mesh") for parameter in parameters):
         raise ValueError(
             'gradients="parameters" needs whole parameters; these are sharded over several processes (FSDP, tensor '
             'parallelism). Use gradients="representation".'

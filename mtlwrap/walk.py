@@ -3,6 +3,7 @@
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from mtlwrap.connection import PredictionsNode
 from mtlwrap.nodes import ForkNode, ForkState, Owner
 
 # Nodes through which autograd.grad cannot be asked for a part of the gradient.
@@ -22,7 +23,11 @@ class Walk:
         visited: set[Node] = set()
         while stack:
             node, output = stack.pop()
-            state = node.state if getattr(type(node), "_forward_cls", None) is ForkNode else None  # type: ignore[attr-defined]
+            kind = getattr(type(node), "_forward_cls", None)
+            if kind is PredictionsNode:  # connects for the backward pass what has nothing to do with each other
+                stack.append(node.next_functions[output])  # type: ignore[arg-type]  # a prediction has a graph
+                continue
+            state = node.state if kind is ForkNode else None  # type: ignore[attr-defined]
             if state is not None and state.owner() is owner:
                 self.reached.setdefault(state, set()).add(output)
                 if to_first:

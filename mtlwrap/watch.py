@@ -3,10 +3,11 @@
 import warnings
 from itertools import islice
 
-import torch.distributed
+import torch
 from torch import Tensor, nn
 
 from mtlwrap.balancers import Balancer, GradientBalancer
+from mtlwrap.processes import Peers
 from mtlwrap.surroundings import opaque
 
 # Backward passes after which something must have moved.
@@ -30,11 +31,11 @@ class Watch:
         return vars(Watch())
 
     @opaque
-    def look(self, model: nn.Module, balancer: Balancer) -> None:
+    def look(self, model: nn.Module, balancer: Balancer, peers: Peers) -> None:
         """Called once for each balanced total; the balancer is a part of the model."""
         if self._passes == 0:
             self._begin(model, balancer)
-            _look_at_processes(balancer)
+            _look_at_processes(balancer, peers)
         self._passes += 1
         if self._passes == _PATIENCE + 1:
             self._end(model, balancer)
@@ -79,16 +80,12 @@ def _moved(parameter: Tensor, mark: _Mark) -> bool:
     return not torch.equal(parameter.detach(), value.to(parameter))
 
 
-def _look_at_processes(balancer: Balancer) -> None:
-    if not any(isinstance(module, GradientBalancer) for module in balancer.modules()):
-        return
-    # torch.distributed can be missing from a build, and then has no is_initialized.
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        count = torch.distributed.get_world_size()
-        if count > 1:
-            warnings.warn(
-                f"There are {count} processes, and {type(balancer).__name__} weighs gradients: each process decides by "
-                "itself, from its own batch. The gradients of the processes are averaged as usual.",
-                UserWarning,
-                stacklevel=5,
-            )
+def _look_at_processes(balancer: Balancer, peers: Peers) -> None:
+    if peers.are_apart and any(isinstance(module, GradientBalancer) for module in balancer.modules()):
+        warnings.warn(
+            f"There are several processes, and {type(balancer).__name__} weighs gradients: each process decides by "
+            "itself, from its own batch, for the model is in no DistributedDataParallel and not sharded. To decide "
+            "jointly give MultiTaskModel a process_group; process_group=None says that this is meant.",
+            UserWarning,
+            stacklevel=5,
+        )

@@ -151,6 +151,7 @@ class RotateOnly(GradientBalancer):
             gradient = gradients.on_tensor(task)
             if gradient is not None:
                 products[task] = torch.einsum("bip,bjp->ij", self._planar(gradient), pull)
+        products = gradients.pooled(products)
         return {"rotations.angles": self.rotations.angle_gradients(-2.0 * products).to(self.rotations.angles.dtype)}
 
     def extra_repr(self) -> str:

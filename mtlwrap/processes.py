@@ -1,0 +1,215 @@
+"""Several processes that train one model: who they are, and what they must agree on in a step.
+
+The law: a training with W processes equals that of one process which minimises the mean over them of their losses, an
+absent loss counting 0. The gradients of its losses on the representation are then those of the W processes, one after
+the other, each divided by W: their inner products are sums over the processes, divided by W squared.
+"""
+
+import weakref
+from collections.abc import Sequence
+from datetime import timedelta
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Ranks:
+    """The processes that train a model together, in a group of their own: nothing else comes between its messages.
+
+    Made by all of them at the same point of their programs. Whoever waits for one that never comes gives up after the
+    time-out of the group that this one stands beside.
+    """
+
+    def __init__(self, group: "dist.ProcessGroup") -> None:
+        self.size = dist.get_world_size(group)
+        members = dist.get_process_group_ranks(group)
+        backend = str(dist.distributed_c10d.get_backend_config(group))
+        self._group = _beside(group, members, backend)
+        # Who takes part is told from host to host, so that no host waits for its accelerator.
+        self._hosts = self._group if "cpu:" in backend else _beside(group, members, "gloo")
+
+    def agree(self, present: Sequence[bool], losses: Tensor) -> tuple[tuple[bool, ...], Tensor]:
+        """Which tasks take part on any rank, and the mean of their losses over all ranks, an absent one counting 0.
+
+        Args:
+            present: for each task, whether it takes part here.
+            losses: the losses of these, a vector.
+        """
+        remaining = iter(losses.detach().double().unbind())
+        nothing = losses.new_zeros((), dtype=torch.float64)
+        spread = torch.stack([next(remaining) if here else nothing for here in present])
+        mask = torch.tensor(present, dtype=torch.float64)
+        if losses.device.type == "cpu":  # one message for both
+            mask, spread = self.mean(torch.stack([mask, spread])).unbind()
+        else:
+            dist.all_reduce(mask, group=self._hosts)
+            spread = self.mean(spread)
+        anywhere = tuple(count > 0 for count in mask.tolist())
+        taking_part = [value for value, here in zip(spread.unbind(), anywhere, strict=True) if here]
+        return anywhere, torch.stack(taking_part).to(losses.dtype) if taking_part else losses
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all ranks of tensors of the same shape and dtype."""
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self._group)
+        return total.div_(self.size)
+
+    def mean_rows(self, rows: Sequence[Sequence[Tensor | None]], like: Sequence[Tensor]) -> list[list[Tensor | None]]:
+        """The mean over all ranks of each row; what is missing on one counts 0.
+
+        Args:
+            rows: in each a tensor in the shape of each of ``like``, or None.
+            like: what they are the gradients of.
+        """
+        return [self._mean_row(row, like) for row in rows]
+
+    def mean_parts(self, parts: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
+        """The same for what is sorted by tensor, in each an entry for each task, of one shape."""
+        like = [next(g for g in part if g is not None) for part in parts]
+        rows = self.mean_rows(list(zip(*parts, strict=True)), like)
+        return [list(part) for part in zip(*rows, strict=True)]
+
+    def _mean_row(self, row: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+        means: list[Tensor | None] = [None] * len(like)
+        # One message for all tensors of a kind, on one device.
+        order = sorted(range(len(like)), key=lambda i: (str(like[i].dtype), str(like[i].device)))
+        for _, indices in groupby(order, key=lambda i: (like[i].dtype, like[i].device)):
+            chosen = list(indices)
+            dense = [_dense(row[i], like[i]) for i in chosen]
+            mean = self.mean(torch.cat([tensor.reshape(-1) for tensor in dense]))
+            for i, piece in zip(chosen, mean.split([tensor.numel() for tensor in dense]), strict=True):
+                means[i] = piece.reshape(like[i].shape)
+        return means
+
+
+class Peers:
+    """Finds the processes that train a model together, in its first forward under gradients.
+
+    Args:
+        process_group: "auto" for the group of the DistributedDataParallel or the device mesh that the model is in;
+            a group; or None, where each process decides by itself.
+    """
+
+    def __init__(self, process_group: Any = "auto") -> None:
+        is_group = dist.is_available() and isinstance(process_group, dist.ProcessGroup)
+        if process_group not in ("auto", None) and not is_group:
+            raise TypeError(f"process_group: expected 'auto', a ProcessGroup or None, got {process_group!r}.")
+        self._setting = process_group
+        self.ranks: Ranks | None = None
+        self._ddp: weakref.ref[Any] = weakref.ref(self)  # nothing of interest
+        self._is_replicated = False
+        # Whether each process holds a part of the parameters only; None before a forward.
+        self.is_sharded: bool | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Processes are no part of a copy or a pickle; it finds its own.
+        return {"_setting": None if self._setting is None else "auto"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["_setting"])  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Peers":
+        return Peers(self._setting)
+
+    @property
+    def are_apart(self) -> bool:
+        """Whether there are several processes that nobody said anything about."""
+        return self._setting == "auto" and self.ranks is None and is_distributed() and dist.get_world_size() > 1
+
+    def meet(self, model: nn.Module | None = None) -> None:
+        """Called in each forward under gradients, which all processes make."""
+        self._is_replicated = self._is_replicated or bool(getattr(model, "_is_replica", False))
+        if self.is_sharded is None:
+            self.is_sharded = model is not None and _is_sharded(model)
+        if self.ranks is not None or self._setting is None or not is_distributed():
+            return
+        ddp = _enclosing_ddp()
+        if ddp is not None:
+            self._ddp = weakref.ref(ddp)
+        group = self._setting if self._setting != "auto" else _group_of(ddp, model)
+        if group is not None and dist.get_world_size(group) > 1:
+            self.ranks = Ranks(group)
+
+    def check(self) -> None:
+        """Refuse a training in which the processes do not make the same steps.
+
+        Raises:
+            ValueError: the model is in a ``DataParallel``, or in ``join()`` of a ``DistributedDataParallel``.
+        """
+        if self._is_replicated:
+            raise ValueError(
+                "torch.nn.DataParallel copies the model in each step, and its copies cannot be balanced jointly. Use "
+                "torch.nn.parallel.DistributedDataParallel, one process per device."
+            )
+        config = getattr(self._ddp(), "_join_config", None)
+        if self.ranks is not None and getattr(config, "enable", False):
+            raise ValueError(
+                "DistributedDataParallel.join() stands in for a process without batches, but cannot take its part in "
+                "the balancing. Give every process as many batches (a DistributedSampler does), or hand over losses "
+                "of None where one has none left."
+            )
+
+
+def is_distributed() -> bool:
+    """Whether this is one of several processes; torch.distributed can be missing from a build."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def _enclosing_ddp() -> Any:
+    """The DistributedDataParallel whose forward is running, if any."""
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+
+
+def _group_of(ddp: Any, model: nn.Module | None) -> "dist.ProcessGroup | None":
+    if ddp is not None:
+        return ddp.process_group  # type: ignore[no-any-return]
+    meshes = [] if model is None else _meshes(model)
+    if not meshes:
+        return None
+    if len(set(meshes)) > 1 or meshes[0].ndim > 1:
+        raise ValueError(
+            "process_group='auto': the parameters lie on several device meshes, or on one of several dimensions: "
+            f"{', '.join(map(str, dict.fromkeys(meshes)))}. Expected process_group=..., the group of the processes "
+            "that have different batches."
+        )
+    return meshes[0].get_group()  # type: ignore[no-any-return]
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether it has parameters that are sharded, or whole for the moment only."""
+    shards = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    return shards or any(hasattr(module, "_get_fsdp_state") for module in model.modules())
+
+
+def _meshes(model: nn.Module) -> list[Any]:
+    """The device meshes of sharded parameters, and of fully_shard on the model, whose own are whole by now."""
+    found = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
+    state = getattr(model, "_get_fsdp_state", lambda: None)()
+    groups = getattr(state, "_fsdp_param_groups", [])
+    return [*found, *(group.mesh_info.mesh for group in groups)]
+
+
+def _beside(group: "dist.ProcessGroup", members: list[int], backend: str) -> "dist.ProcessGroup":
+    """Another group of the same processes, made by them alone."""
+    made = dist.new_group(members, timeout=_timeout(group), backend=backend, use_local_synchronization=True)
+    if not isinstance(made, dist.ProcessGroup):
+        raise ValueError(f"process_group: expected a group that this process is in, got one of the ranks {members}.")
+    return made
+
+
+def _timeout(group: "dist.ProcessGroup") -> timedelta | None:
+    """That of the group, where its backend tells; else torch's default."""
+    for device in group._device_types:
+        timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+        if isinstance(timeout, timedelta):
+            return timeout
+    return None
+
+
+def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(like)
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()

@@ -1,0 +1,118 @@
+"""Several processes equal one that minimises the mean over them of their losses, an absent one counting 0."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from mtlwrap import Parameters
+from tests.common import BALANCERS
+from tests.processes.pool import Pool
+from tests.processes.training import UNEVEN, Spec, in_one, in_processes
+
+
+def check(pools: dict[int, Pool], size: int, spec: Spec, *, weights: float = 1e-9, gradients: float = 1e-9) -> None:
+    expected = in_one(size, spec)
+    for rank, steps in enumerate(pools[size].run(in_processes, spec)):
+        for step, (got, wanted) in enumerate(zip(steps, expected, strict=True)):
+            where = f"rank {rank}, step {step}"
+            _close(got["total"], wanted["total"], weights, f"{where}: total")
+            _close(got["weights"], wanted["weights"], weights, f"{where}: weights")
+            for name, value in wanted["state"].items():
+                _close(got["state"][name], value, weights, f"{where}: {name}")
+            for name, gradient in wanted["gradients"].items():
+                _close(got["gradients"].get(name), gradient, gradients, f"{where}: {name}")
+            for name in got["gradients"].keys() - wanted["gradients"].keys():
+                assert not got["gradients"][name].any(), f"{where}: {name}"
+
+
+def _close(got: Any, wanted: Any, tolerance: float, what: str) -> None:
+    if not isinstance(wanted, torch.Tensor):
+        assert got == wanted, what
+        return
+    assert got is not None or not wanted.any(), what
+    got = torch.zeros_like(wanted) if got is None else got
+    size = wanted.abs().max().item() if wanted.numel() else 0.0
+    assert torch.allclose(got, wanted.to(got.dtype), rtol=tolerance, atol=tolerance * size, equal_nan=True), (
+        f"{what}: {got} instead of {wanted}"
+    )
+
+
+@pytest.mark.parametrize("balancer", BALANCERS)
+def test_ddp(pools, balancer):
+    check(pools, 2, Spec(balancer))
+
+
+@pytest.mark.parametrize("balancer", BALANCERS)
+def test_ddp_with_absent_tasks_and_unequal_batches(pools, balancer):
+    check(pools, 2, Spec(balancer, present=UNEVEN, unequal=True, steps=8))
+
+
+@pytest.mark.parametrize("balancer", BALANCERS)
+def test_four_processes(pools, balancer):
+    check(pools, 4, Spec(balancer, present=UNEVEN, unequal=True, steps=6))
+
+
+@pytest.mark.parametrize("wrap", ["fsdp", "fsdp-parts", "fsdp-whole"])
+@pytest.mark.parametrize("balancer", BALANCERS)
+def test_fsdp(pools, balancer, wrap):
+    check(pools, 2, Spec(balancer, wrap=wrap, present=UNEVEN, unequal=True, steps=6))
+
+
+@pytest.mark.parametrize("balancer", BALANCERS)
+def test_fsdp_of_four(pools, balancer):
+    check(pools, 4, Spec(balancer, wrap="fsdp", present=UNEVEN, unequal=True, steps=4))
+
+
+WAYS = {
+    "unused": {"find_unused_parameters": True},
+    "static": {"static_graph": True},
+    "small-buckets": {"bucket_cap_mb": 1e-6},
+    "views": {"gradient_as_bucket_view": True},
+    "no-broadcast": {"broadcast_buffers": False},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("balancer", ["none", "uw", "imtl", "excess-mtl", "rotograd-norm", "gls"])
+def test_ways_of_ddp(pools, balancer, way):
+    check(pools, 2, Spec(balancer, present=UNEVEN, unequal=True, steps=6, ddp=WAYS[way]))
+
+
+@pytest.mark.parametrize("balancer", ["none", "uw", "imtl", "excess-mtl", "rotograd-norm", "gls"])
+def test_accumulation_without_synchronisation(pools, balancer):
+    spec = Spec(balancer, present=UNEVEN, unequal=True, steps=6, accumulate=3)
+    expected = in_one(2, spec)
+    found = pools[2].run(in_processes, spec)
+    for rank in range(2):  # in between, gradients are those of the rank alone
+        for step in (2, 5):
+            for name, gradient in expected[step]["gradients"].items():
+                _close(found[rank][step]["gradients"].get(name), gradient, 1e-9, f"rank {rank}, step {step}: {name}")
+
+
+MODES = {
+    "exact": Spec("imtl-g", options={"gradients": "parameters"}),
+    "exact-hybrid": Spec("imtl", options={"gradients": "parameters"}),
+    "exact-excess": Spec("excess-mtl", options={"gradients": "parameters"}),
+    "scheduled": Spec("imtl-g", options={"gradients": Parameters(refresh_every=3)}),
+    "weigh-heads": Spec("imtl-g-nonneg", options={"weigh_heads": True}),
+    "weigh-heads-excess": Spec("excess-mtl", options={"weigh_heads": True}),
+    "apart": Spec("excess-mtl", apart=True),
+    "apart-loss": Spec("uw", apart=True),
+    "apart-hybrid": Spec("imtl", apart=True),
+    "apart-exact": Spec("imtl-g", apart=True, options={"gradients": "parameters"}),
+    "scaled": Spec("rotograd-norm", scale=65536.0),
+    "scaled-hybrid": Spec("imtl", scale=65536.0),
+}
+
+
+@pytest.mark.parametrize("ddp", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_modes(pools, mode, ddp):
+    check(pools, 2, replace(MODES[mode], present=UNEVEN, unequal=True, steps=6, ddp=ddp))
+
+
+@pytest.mark.parametrize("mode", ["apart-loss", "scaled", "scaled-hybrid"])
+def test_modes_of_fsdp(pools, mode):
+    check(pools, 2, replace(MODES[mode], wrap="fsdp", present=UNEVEN, unequal=True, steps=6))

@@ -1,0 +1,151 @@
+"""One training in several processes, and the same in one: what the tests of many processes compare."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mtlwrap import MultiTaskModel
+from tests.common import BALANCERS, TASKS, make_backbone, make_heads, make_input, make_losses
+
+# Who has which tasks: for each step, for each rank, their letters; ranks beyond are served again from the first.
+FULL = [["abc"]]
+UNEVEN = [["abc", "ac"], ["b", "abc"], ["c", ""], ["ab", "b"], ["", ""], ["", "abc"]]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A training: the same on every rank, and in one process."""
+
+    balancer: str
+    wrap: str = "ddp"
+    present: Sequence[Sequence[str]] = field(default_factory=lambda: FULL)
+    steps: int = 4
+    unequal: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    ddp: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
+    scale: float = 1.0
+    # Forwards of their own for each task; backward passes without a reduction in between.
+    apart: bool = False
+    accumulate: int = 1
+
+    def tasks_of(self, step: int, rank: int) -> str:
+        ranks = self.present[step % len(self.present)]
+        return ranks[rank % len(ranks)]
+
+    def batch_of(self, step: int, rank: int, task: str = "") -> Tensor:
+        rows = 3 + 2 * rank if self.unequal else 4
+        seed = 100 * step + 10 * rank + (TASKS.index(task) if task else 0)
+        return make_input(seed, rows, self.dtype).cpu()
+
+
+def make(spec: Spec) -> MultiTaskModel:
+    torch.manual_seed(1)
+    heads = make_heads()
+    if spec.wrap.startswith("fsdp"):
+        # A module that fully_shard wraps cannot begin in place, in plain torch: what it gets is a view.
+        heads["a"] = nn.Sequential(nn.ReLU(), *list(heads["a"])[1:])
+    model = MultiTaskModel(make_backbone(), heads, BALANCERS[spec.balancer](), **spec.options)
+    return model.to(spec.dtype)
+
+
+def in_processes(rank: int, size: int, spec: Spec) -> list[dict[str, Any]]:
+    """Train as one of several processes; what each step left."""
+    torch.manual_seed(7)
+    model = make(spec)
+    wrapped: Any = _wrapped(model, spec)
+    optimizer = torch.optim.SGD(model.param_groups(lr=0.01, balancer_lr=0.1))
+    left = []
+    for step in range(spec.steps):
+        last = (step + 1) % spec.accumulate == 0
+        with nullcontext() if last or spec.wrap != "ddp" else wrapped.no_sync():
+            total = model.scalarize(_losses(wrapped, spec, step, rank))
+            (spec.scale * total).backward()
+        left.append(_state(model, total))
+        if last:
+            optimizer.step()
+            optimizer.zero_grad()
+    return left
+
+
+def in_one(size: int, spec: Spec) -> list[dict[str, Any]]:
+    """The same in this process alone, which minimises the mean over the ranks of their losses."""
+    torch.manual_seed(7)
+    model = make(spec)
+    optimizer = torch.optim.SGD(model.param_groups(lr=0.01, balancer_lr=0.1))
+    left = []
+    for step in range(spec.steps):
+        total = model.scalarize(_mean_losses(model, size, spec, step))
+        (spec.scale * total).backward()
+        left.append(_state(model, total))
+        if (step + 1) % spec.accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return left
+
+
+def _wrapped(model: MultiTaskModel, spec: Spec) -> nn.Module:
+    if spec.wrap == "ddp":
+        return DistributedDataParallel(model, **spec.ddp)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if spec.wrap == "fsdp-whole":
+        fully_shard(model, mesh=mesh)
+    elif spec.wrap in ("fsdp", "fsdp-parts"):
+        for part in (model.backbone, *model.heads.children()):
+            fully_shard(part, mesh=mesh)
+        if spec.wrap == "fsdp":
+            fully_shard(model, mesh=mesh)
+    else:
+        raise ValueError(spec.wrap)
+    return model
+
+
+def _losses(model: nn.Module, spec: Spec, step: int, rank: int) -> dict[str, Tensor]:
+    present = spec.tasks_of(step, rank)
+    if spec.apart:
+        predictions = {}
+        for task in TASKS:
+            predictions.update(model(spec.batch_of(step, rank, task), tasks=task))
+    else:
+        predictions = model(spec.batch_of(step, rank))
+    return make_losses({task: predictions[task] for task in present})
+
+
+def _mean_losses(model: MultiTaskModel, size: int, spec: Spec, step: int) -> dict[str, Tensor]:
+    predictions = {}
+    for task in TASKS if spec.apart else [""]:
+        batches = [spec.batch_of(step, rank, task) for rank in range(size)]
+        found = model(torch.cat(batches), tasks=task or None)
+        rows = [len(batch) for batch in batches]
+        predictions.update({name: prediction.split(rows) for name, prediction in found.items()})
+    losses: dict[str, Tensor] = {}
+    for rank in range(size):
+        present = spec.tasks_of(step, rank)
+        for task, loss in make_losses({task: predictions[task][rank] for task in present}).items():
+            losses[task] = losses.get(task, 0.0) + loss / size
+    return losses
+
+
+def _state(model: MultiTaskModel, total: Tensor) -> dict[str, Any]:
+    weights = model.task_weights
+    return {
+        "total": total.detach(),
+        "weights": None if weights is None else weights.clone(),
+        "gradients": {name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None},
+        "state": {name: _whole(b) for name, b in model.balancer.state_dict().items()},
+    }
+
+
+def _whole(tensor: Any) -> Any:
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
