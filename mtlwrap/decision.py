@@ -97,7 +97,7 @@ def _weigh_jointly(
         if len(on_z) > 1:
             summed, ranks = _summed_over_batches(arrived), running.order.ranks
             if ranks is not None:
-                summed = ranks.mean_parts(summed)
+                summed = ranks.mean_parts(summed, first.offsets())
             seen = running.task_gradients(summed, of_all=True)
         return decided_weights(balancer, seen), seen
     if exact.schedule is not None and not exact.schedule.is_due(taking_part):

@@ -186,8 +186,13 @@ class Junction:
         if ranks is not None:
             forks, tokens = self._connected(forks)
             joint = joint or any(one.tasks != other.tasks for one in forks for other in forks)
+            if joint:
+                self.peers.check_several_forwards()
         self._check_exact(forks)
-        taking_part, values = here, vector_of(chosen) if chosen else torch.zeros(0, dtype=self._dtype, device=self._device)
+        taking_part, values = (
+            here,
+            vector_of(chosen) if chosen else torch.zeros(0, dtype=self._dtype, device=self._device),
+        )
         if ranks is not None:
             taking_part, values = ranks.agree(here, values)
         if not any(taking_part):  # a batch without a label: backward works and does nothing
@@ -202,7 +207,7 @@ class Junction:
             shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
             raise ValueError(f"{type(balancer).__name__}.scalarize: expected to return a 0-dim tensor, got {shape}.")
         if (balancer.sees_gradients and forks and (joint or self.weigh_heads)) or aside is not None:
-            self._check_runs_ahead()
+            self.peers.check_runs_ahead()
             order.decide = partial(
                 decide, losses=losses, forks=forks, balancer=balancer, auxiliary=aside, weigh_heads=self.weigh_heads
             )
@@ -322,15 +327,6 @@ class Junction:
         if not auxiliary.requires_grad or all(fork.copies < len(fork.tasks) for fork in forks):
             return False
         return not Walk(auxiliary, self).reached.keys().isdisjoint(forks)
-
-    def _check_runs_ahead(self) -> None:
-        """Refuse gradients ahead of the backward pass where heads are gathered from other processes for it."""
-        if self.peers.is_sharded:
-            raise ValueError(
-                "Batches of their own per task with a gradient balancer, weigh_heads=True and an auxiliary loss that "
-                "reads predictions run the heads backward twice, which sharded parameters (fully_shard) do not allow. "
-                "Use DistributedDataParallel, or a loss balancer."
-            )
 
     def _check_exact(self, forks: Sequence[ForkState]) -> None:
         """Refuse what cannot be run backward once per task; once, for the graphs of a training are all alike."""

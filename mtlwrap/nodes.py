@@ -163,6 +163,13 @@ class ForkState:
         """The shape of each tensor of the representation but for the batch."""
         return [shape[1:] for shape, _, _ in self._forms]
 
+    def offsets(self) -> list[Tensor]:
+        """Zeros in the shape of an offset to each tensor, the same for every sample."""
+        return [
+            torch.zeros((1, *shape[1:]) if shape else (), dtype=dtype, device=device)
+            for shape, dtype, device in self._forms
+        ]
+
     def outputs_of(self, task: int) -> list[GradientEdge]:
         """Where the gradient of a task arrives, for each tensor of the representation."""
         node = None if self.node is None else self.node()

@@ -66,9 +66,8 @@ class Ranks:
         """
         return [self._mean_row(row, like) for row in rows]
 
-    def mean_parts(self, parts: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
-        """The same for what is sorted by tensor, in each an entry for each task, of one shape."""
-        like = [next(g for g in part if g is not None) for part in parts]
+    def mean_parts(self, parts: Sequence[Sequence[Tensor | None]], like: Sequence[Tensor]) -> list[list[Tensor | None]]:
+        """The same for what is sorted by tensor, in each an entry for each task."""
         rows = self.mean_rows(list(zip(*parts, strict=True)), like)
         return [list(part) for part in zip(*rows, strict=True)]
 
@@ -150,6 +149,39 @@ class Peers:
                 "DistributedDataParallel.join() stands in for a process without batches, but cannot take its part in "
                 "the balancing. Give every process as many batches (a DistributedSampler does), or hand over losses "
                 "of None where one has none left."
+            )
+
+    def check_several_forwards(self) -> None:
+        """Refuse several forwards to one backward pass where the first of them would end it.
+
+        Raises:
+            ValueError: the enclosing ``DistributedDataParallel`` looks for unused parameters.
+        """
+        if getattr(self._ddp(), "find_unused_parameters", False):
+            raise ValueError(
+                "DistributedDataParallel(find_unused_parameters=True) takes the heads that a forward does not run for "
+                "unused in the whole backward pass, so tasks cannot have batches of their own. Leave it out: with "
+                "several processes mtlwrap runs every head in each backward pass."
+            )
+
+    def check_runs_ahead(self) -> None:
+        """Refuse gradients ahead of the backward pass where the heads must not be run backward twice.
+
+        Raises:
+            ValueError: parameters are sharded, or DDP counts on a static graph.
+        """
+        what = (
+            "sharded parameters (fully_shard) do"
+            if self.is_sharded
+            else "DistributedDataParallel(static_graph=True) does"
+            if getattr(self._ddp(), "static_graph", False)
+            else None
+        )
+        if what is not None:
+            raise ValueError(
+                "Batches of their own per task with a gradient balancer, weigh_heads=True and an auxiliary loss that "
+                f"reads predictions run the heads backward twice, which {what} not allow. Use a plain "
+                "DistributedDataParallel, or a loss balancer."
             )
 
 

@@ -72,8 +72,7 @@ def in_processes(rank: int, size: int, spec: Spec) -> list[dict[str, Any]]:
             (spec.scale * total).backward()
         left.append(_state(model, total))
         if last:
-            optimizer.step()
-            optimizer.zero_grad()
+            _step(optimizer, spec)
     return left
 
 
@@ -88,9 +87,17 @@ def in_one(size: int, spec: Spec) -> list[dict[str, Any]]:
         (spec.scale * total).backward()
         left.append(_state(model, total))
         if (step + 1) % spec.accumulate == 0:
-            optimizer.step()
-            optimizer.zero_grad()
+            _step(optimizer, spec)
     return left
+
+
+def _step(optimizer: torch.optim.Optimizer, spec: Spec) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.div_(spec.scale)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _wrapped(model: MultiTaskModel, spec: Spec) -> nn.Module:
