@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from mtlwrap.balancers.base import Balancer
-from mtlwrap.gradients import completed, plain
 from mtlwrap.state import WideBuffers
 
 
@@ -108,36 +107,6 @@ class Exact:
         self.parameters = tuple(parameters)
         self.schedule = schedule
 
-    def parts(
-        self, rows: Sequence[Sequence[Tensor | None]], taking_part: tuple[bool, ...]
-    ) -> list[list[Tensor | None]]:
-        """For each parameter, as a vector, the gradient of each task, from a row for each task that takes part."""
-        remaining = iter(rows)
-        by_task = [next(remaining) if present else [None] * len(self.parameters) for present in taking_part]
-        return [
-            completed(
-                [_flat(row[index]) for row in by_task],
-                taking_part,
-                (parameter.numel(),),
-                (parameter.dtype, parameter.device),
-            )
-            for index, parameter in enumerate(self.parameters)
-        ]
-
-    def shaped(self, shared: Sequence[Tensor], rows: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
-        """The shared gradient in the parameters' shapes; nothing for one that no task reaches."""
-        reached = [any(row[index] is not None for row in rows) for index in range(len(self.parameters))]
-        return [
-            gradient.reshape(parameter.shape) if r else None
-            for gradient, parameter, r in zip(shared, self.parameters, reached, strict=True)
-        ]
-
     def prepare(self, balancer: Balancer) -> None:
         """Have the balancer allocate its state for gradients of this size."""
         balancer.prepare([parameter.detach().reshape(1, -1) for parameter in self.parameters])
-
-
-def _flat(gradient: Tensor | None) -> Tensor | None:
-    """As a vector; that of an embedding can be sparse."""
-    dense = plain(gradient)
-    return None if dense is None else dense.reshape(-1)

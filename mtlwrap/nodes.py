@@ -24,6 +24,7 @@ from mtlwrap.gradients import TaskGradients, completed
 from mtlwrap.passes import Decision, Order, Pass, graph_task_id, keeps_graph, remember
 from mtlwrap.probe import pull_back, wants_the_pass
 from mtlwrap.report import Report
+from mtlwrap.rows import Rows
 from mtlwrap.step import current_scope
 from mtlwrap.surroundings import opaque, without_autocast
 
@@ -129,11 +130,9 @@ class ForkState:
             # Without gradients: those on the parameters are not known now, and others would be mistaken for them.
             self.report.fill(raw_weights(weights, on_z), None, self.scope)
             return [*where_read(on_z.scaled_sum(weights), parts), *[None] * len(self.parameters), *nothing]
-        rows = [
-            pull_back(self.edges, [part[task] for part in parts], exact.parameters)
-            for task, present in enumerate(taking_part)
-            if present
-        ]
+        rows = Rows(exact.parameters, taking_part)
+        for task in (task for task, present in enumerate(taking_part) if present):
+            rows.add(pull_back(self.edges, [part[task] for part in parts], exact.parameters))
         chosen, gradients = weighed_exactly(exact, self.balancer, rows, running)
         self._report(chosen, gradients)
         own = self._own(gradients, running.scale)
@@ -142,7 +141,7 @@ class ForkState:
             weights = needed(chosen, self.balancer, "a backbone with hooks, or whose input wants a gradient,")
             return [*where_read(on_z.scaled_sum(weights), parts), *own, *nothing]
         combined = shared_gradient(self.balancer, gradients, chosen)
-        return [*[None] * self.num_tensors, *own, *exact.shaped(combined, rows)]
+        return [*[None] * self.num_tensors, *own, *rows.shaped(combined)]
 
     def _carry_out(self, decision: Decision) -> list[Tensor | None]:
         own = decision.own if self is next(iter(decision.shared)) else {}
@@ -204,15 +203,12 @@ def scaled_own(balancer: Balancer, gradients: TaskGradients, scale: Tensor) -> d
         return {name: own * scale.to(own) for name, own in balancer.own_gradients(gradients).items()}
 
 
-def weighed_exactly(
-    exact: Exact, balancer: Balancer, rows: Sequence[Sequence[Tensor | None]], running: Pass
-) -> tuple[Tensor | None, TaskGradients]:
+def weighed_exactly(exact: Exact, balancer: Balancer, rows: Rows, running: Pass) -> tuple[Tensor | None, TaskGradients]:
     """The balancer's weights for gradients on the shared parameters, a row for each task that takes part."""
-    taking_part = running.order.taking_part
-    gradients = running.task_gradients(exact.parts(rows, taking_part), has_batch=False)
+    gradients = running.task_gradients(rows.parts(), has_batch=False)
     weights = decided_weights(balancer, gradients)
     if exact.schedule is not None:
-        exact.schedule.keep(needed(weights, balancer, "refresh_every"), taking_part)
+        exact.schedule.keep(needed(weights, balancer, "refresh_every"), running.order.taking_part)
     return weights, gradients
 
 
