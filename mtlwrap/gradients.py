@@ -381,7 +381,7 @@ def _summed(gradient: Tensor, feature_dim: int | None) -> Tensor:
 def _add_gramian(total: Tensor, rows: Sequence[Tensor | None]) -> None:
     """Add the inner products of equally long vectors to ``total``, in blocks that are converted to its precision."""
     row = next((row for row in rows if row is not None), None)
-    if row is not None and len(rows) > 2 and _suits_single_precision(row):
+    if row is not None and len(rows) > 3 and _suits_single_precision(row):
         _add_large_gramian(total, rows)
     elif row is not None:
         for piece in _blocks(rows, row, total.new_zeros(len(rows), _width(len(rows), row))):
@@ -395,9 +395,9 @@ def _add_large_gramian(total: Tensor, rows: Sequence[Tensor | None]) -> None:
     the norms, for each vector is brought to a size of about one.
     """
     row = next(row for row in rows if row is not None)
-    sizes = torch.stack([row.new_ones(()) if r is None else _size(r) for r in rows])
+    sizes = _sizes([row.new_zeros(1) if r is None else r for r in rows])
     sums = torch.zeros_like(total)
-    for piece in _blocks(rows, row, row.new_zeros(len(rows), _BLOCK), sizes.unbind()):
+    for piece in _blocks(rows, row, row.new_zeros(len(rows), 2 * _BLOCK), sizes.reciprocal().unbind()):
         whole = piece.shape[1] // _SHORT * _SHORT
         short = piece[:, :whole].unflatten(1, (-1, _SHORT)).transpose(0, 1).split(_ROWS, 1)
         for first, second in combinations_with_replacement(range(len(short)), 2):
@@ -413,19 +413,19 @@ def _add_large_gramian(total: Tensor, rows: Sequence[Tensor | None]) -> None:
 
 
 def _blocks(
-    rows: Sequence[Tensor | None], like: Tensor, block: Tensor, sizes: Sequence[Tensor] | None = None
+    rows: Sequence[Tensor | None], like: Tensor, block: Tensor, factors: Sequence[Tensor] | None = None
 ) -> Iterator[Tensor]:
-    """The vectors in pieces, ``[T, width]``, divided by their sizes; the same memory is used for each."""
+    """The vectors in pieces, ``[T, width]``, times their factors; the same memory is used for each."""
     length, width = like.numel(), max(1, block.shape[1])
     for start in range(0, length, width):
         piece = block[:, : min(width, length - start)]
         for index, row in enumerate(rows):
             if row is None:
                 continue
-            if sizes is None:
+            if factors is None:
                 piece[index].copy_(row[start : start + width])
             else:
-                torch.div(row[start : start + width], sizes[index], out=piece[index])
+                torch.mul(row[start : start + width], factors[index], out=piece[index])
         yield piece
 
 
@@ -439,14 +439,15 @@ def _width(num_rows: int, row: Tensor) -> int:
 
 def _suits_single_precision(row: Tensor) -> bool:
     """Whether products in float32 do: on a CPU, where they are several times as fast, and are what they are called."""
-    long = row.numel() >= 4 * _BLOCK
+    long = row.numel() >= 2 * _BLOCK
     return long and row.is_cpu and row.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
 
-def _size(row: Tensor) -> Tensor:
-    """About the largest entry, 0-dim; a power of two, so that dividing by it rounds nothing."""
-    least, most = torch.aminmax(row)  # several times as fast as the norm of the same name
-    largest = torch.maximum(-least, most)
+def _sizes(rows: Sequence[Tensor]) -> Tensor:
+    """About the largest entry of each, ``[T]``; a power of two, so that dividing by it rounds nothing."""
+    # Several times as fast as the norm of the same name, and as the same over a matrix.
+    ends = [torch.aminmax(row) for row in rows]
+    largest = torch.maximum(-torch.stack([end.min for end in ends]), torch.stack([end.max for end in ends]))
     _, exponent = torch.frexp(largest)
     return torch.where((largest > 0) & largest.isfinite(), torch.exp2(exponent.clamp(-126, 126)), 1.0)
 
