@@ -5,8 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from mtlwrap.balancers.base import Balancer
+from mtlwrap.probe import pull_back, pull_back_together
+from mtlwrap.rows import Rows
 from mtlwrap.state import WideBuffers
 
 
@@ -16,15 +19,21 @@ class Parameters:
 
     These are the gradients that the papers of gradient balancers speak of, and that TorchJD takes. Each step that
     weighs anew runs the backbone's backward once per task, within the one ordinary backward pass, and holds T
-    gradients of the size of the shared parameters. ``gradients="parameters"`` is short for it.
+    gradients of the size of the shared parameters, and one more in passing. ``gradients="parameters"`` is short for it.
 
     Args:
         refresh_every: weigh anew in every k-th step only, and whenever a task comes that had no part in the last
             weighing; the steps between use the last weights, at the cost of a plain backward. Needs a balancer that
             returns weights.
+        vectorize: run the backbone's backward once for all tasks together, by ``torch.vmap``. It takes about half the
+            time where there are four tasks or more and many small layers, none where layers are large, and twice the
+            memory. Not every backbone allows it (recurrent layers on a GPU, compiled ones); then the backward raises
+            an error. Hooks of tensors inside the backbone see the gradients of all tasks in one tensor, which cannot
+            be kept, so ``retain_grad`` there does not work. Of no effect with batches of their own per task,
+            ``weigh_heads`` or an auxiliary loss that reads predictions.
 
     Raises:
-        TypeError, ValueError: ``refresh_every`` is no positive int.
+        TypeError, ValueError: ``refresh_every`` is no positive int, or ``vectorize`` no bool.
 
     Example:
         >>> from torch import nn
@@ -34,12 +43,15 @@ class Parameters:
     """
 
     refresh_every: int = 1
+    vectorize: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.refresh_every, bool) or not isinstance(self.refresh_every, int):
             raise TypeError(f"refresh_every: expected an int, got {self.refresh_every!r}.")
         if self.refresh_every < 1:
             raise ValueError(f"refresh_every: expected at least 1, got {self.refresh_every}.")
+        if not isinstance(self.vectorize, bool):
+            raise TypeError(f"vectorize: expected a bool, got {self.vectorize!r}.")
 
 
 class Schedule(WideBuffers):
@@ -103,9 +115,25 @@ def _forget(schedule: Schedule, _: object) -> None:
 class Exact:
     """What a fork needs to balance the gradients on the shared parameters, rather than those on the representation."""
 
-    def __init__(self, parameters: Sequence[Tensor], schedule: Schedule | None) -> None:
+    def __init__(self, parameters: Sequence[Tensor], schedule: Schedule | None, vectorize: bool = False) -> None:
         self.parameters = tuple(parameters)
         self.schedule = schedule
+        self.vectorize = vectorize
+
+    def rows(
+        self, edges: Sequence[GradientEdge], parts: Sequence[Sequence[Tensor | None]], taking_part: Sequence[bool]
+    ) -> Rows:
+        """The gradients of the tasks that take part, for those on the representation: by tensor, then by task."""
+        rows = Rows(self.parameters, taking_part)
+        present = [task for task, is_present in enumerate(taking_part) if is_present]
+        if self.vectorize and len(present) > 1:
+            stacked = pull_back_together(edges, [[part[task] for task in present] for part in parts], self.parameters)
+            if stacked is not None:
+                rows.fill(stacked)
+                return rows
+        for task in present:
+            rows.add(pull_back(edges, [part[task] for part in parts], self.parameters))
+        return rows
 
     def prepare(self, balancer: Balancer) -> None:
         """Have the balancer allocate its state for gradients of this size."""

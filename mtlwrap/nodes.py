@@ -22,7 +22,7 @@ from mtlwrap.balancers.base import Balancer
 from mtlwrap.exact import Exact
 from mtlwrap.gradients import TaskGradients, completed
 from mtlwrap.passes import Decision, Order, Pass, graph_task_id, keeps_graph, remember
-from mtlwrap.probe import pull_back, wants_the_pass
+from mtlwrap.probe import wants_the_pass
 from mtlwrap.report import Report
 from mtlwrap.rows import Rows
 from mtlwrap.step import current_scope
@@ -130,9 +130,7 @@ class ForkState:
             # Without gradients: those on the parameters are not known now, and others would be mistaken for them.
             self.report.fill(raw_weights(weights, on_z), None, self.scope)
             return [*where_read(on_z.scaled_sum(weights), parts), *[None] * len(self.parameters), *nothing]
-        rows = Rows(exact.parameters, taking_part)
-        for task in (task for task, present in enumerate(taking_part) if present):
-            rows.add(pull_back(self.edges, [part[task] for part in parts], exact.parameters))
+        rows = exact.rows(self.edges, parts, taking_part)
         chosen, gradients = weighed_exactly(exact, self.balancer, rows, running)
         self._report(chosen, gradients)
         own = self._own(gradients, running.scale)

@@ -31,6 +31,12 @@ class Rows:
         for run in self._runs:
             run.add(gradients[start : (start := start + len(run.parameters))])
 
+    def fill(self, gradients: Sequence[Tensor | None]) -> None:
+        """Copy the gradients of all tasks that take part, stacked for each parameter."""
+        start = 0
+        for run in self._runs:
+            run.fill(gradients[start : (start := start + len(run.parameters))])
+
     def parts(self) -> list[list[Tensor | None]]:
         """For each run of parameters the gradient of each task, as a vector; None for a task that takes no part."""
         return [_spread(run.matrix, self._taking_part) for run in self._runs]
@@ -59,6 +65,16 @@ class _Run:
             torch.cat(pieces, out=self.matrix[self._filled])
         self._filled += 1
         self._reached = [r or gradient is not None for r, gradient in zip(self._reached, gradients, strict=True)]
+
+    def fill(self, gradients: Sequence[Tensor | None]) -> None:
+        rows = self.matrix.shape[0]
+        with torch.no_grad():
+            pieces = [
+                self.matrix.new_zeros(rows, size) if (dense := plain(gradient)) is None else dense.reshape(rows, -1)
+                for gradient, size in zip(gradients, self._sizes, strict=True)
+            ]
+            torch.cat(pieces, 1, out=self.matrix)
+        self._reached = [gradient is not None for gradient in gradients]
 
     def shaped(self, shared: Tensor) -> list[Tensor | None]:
         pieces = zip(shared.split(self._sizes), self.parameters, self._reached, strict=True)
