@@ -136,5 +136,7 @@ class Exact:
         return rows
 
     def prepare(self, balancer: Balancer) -> None:
-        """Have the balancer allocate its state for gradients of this size."""
+        """Have the balancer allocate its state for gradients of this size, if it has any of that kind."""
+        if type(balancer).prepare is Balancer.prepare:
+            return  # hundreds of shapes in each step, for nothing
         balancer.prepare([parameter.detach().reshape(1, -1) for parameter in self.parameters])

@@ -397,7 +397,7 @@ def _add_large_gramian(total: Tensor, rows: Sequence[Tensor | None]) -> None:
     row = next(row for row in rows if row is not None)
     sizes = _sizes([row.new_zeros(1) if r is None else r for r in rows])
     sums = torch.zeros_like(total)
-    for piece in _blocks(rows, row, row.new_zeros(len(rows), 2 * _BLOCK), sizes.reciprocal().unbind()):
+    for piece in _blocks(rows, row, row.new_zeros(len(rows), 2 * _BLOCK), sizes.reciprocal()[:, None]):
         whole = piece.shape[1] // _SHORT * _SHORT
         short = piece[:, :whole].unflatten(1, (-1, _SHORT)).transpose(0, 1).split(_ROWS, 1)
         for first, second in combinations_with_replacement(range(len(short)), 2):
@@ -413,20 +413,38 @@ def _add_large_gramian(total: Tensor, rows: Sequence[Tensor | None]) -> None:
 
 
 def _blocks(
-    rows: Sequence[Tensor | None], like: Tensor, block: Tensor, factors: Sequence[Tensor] | None = None
+    rows: Sequence[Tensor | None], like: Tensor, block: Tensor, factors: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """The vectors in pieces, ``[T, width]``, times their factors; the same memory is used for each."""
+    """The vectors in pieces, ``[T, width]``, times their factors, ``[T, 1]``; the same memory is used for each."""
     length, width = like.numel(), max(1, block.shape[1])
+    matrix = _matrix(rows)
+    sources: Sequence[tuple[int | slice, Tensor | None]] = list(enumerate(rows))
+    if matrix is not None:  # all in one operation
+        sources = [(slice(None), matrix)]
     for start in range(0, length, width):
         piece = block[:, : min(width, length - start)]
-        for index, row in enumerate(rows):
-            if row is None:
+        for index, source in sources:
+            if source is None:
                 continue
+            taken = source[..., start : start + width]
             if factors is None:
-                piece[index].copy_(row[start : start + width])
+                piece[index].copy_(taken)
             else:
-                torch.mul(row[start : start + width], factors[index], out=piece[index])
+                torch.mul(taken, factors[index], out=piece[index])
         yield piece
+
+
+def _matrix(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """The matrix that these are the rows of, if they are the rows of one."""
+    base = None if rows[0] is None else rows[0]._base
+    if base is None or base.dim() != 2 or base.shape[0] != len(rows):
+        return None
+    for index, row in enumerate(rows):
+        if row is None or row._base is not base or row.shape != base.shape[1:] or row.stride() != base.stride()[1:]:
+            return None
+        if row.storage_offset() != base.storage_offset() + index * base.stride(0):
+            return None
+    return base.detach()
 
 
 def _width(num_rows: int, row: Tensor) -> int:
