@@ -27,7 +27,7 @@ class Parameters:
             returns weights.
         vectorize: run the backbone's backward once for all tasks together, by ``torch.vmap``. It takes about half the
             time where there are four tasks or more and many small layers, none where layers are large, and twice the
-            memory. Not every backbone allows it (recurrent layers on a GPU, compiled ones); then the backward raises
+            memory. Not every backbone allows it (no sparse embeddings, no compiled layers); then the backward raises
             an error. Hooks of tensors inside the backbone see the gradients of all tasks in one tensor, which cannot
             be kept, so ``retain_grad`` there does not work. Of no effect with batches of their own per task,
             ``weigh_heads`` or an auxiliary loss that reads predictions.
