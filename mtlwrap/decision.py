@@ -22,6 +22,7 @@ from mtlwrap.nodes import (
 )
 from mtlwrap.passes import Decision, Pass
 from mtlwrap.probe import pull_back
+from mtlwrap.rows import Rows
 
 
 def decide(
@@ -102,14 +103,13 @@ def _weigh_jointly(
         return decided_weights(balancer, seen), seen
     if exact.schedule is not None and not exact.schedule.is_due(taking_part):
         return exact.schedule.reuse(seen.active), None
-    rows = []
+    rows = Rows(exact.parameters, taking_part)
     for task in (task for task, is_present in enumerate(taking_part) if is_present):
         found = [
             _probed(fork.edges, [part[task] for part in parts], exact.parameters) for fork, parts in arrived.items()
         ]
-        rows.append([plain_sum(of_parameter) for of_parameter in zip(*found, strict=True)])
-    weights, seen, _ = weighed_exactly(exact, balancer, rows, running)
-    return weights, seen
+        rows.add([plain_sum(of_parameter) for of_parameter in zip(*found, strict=True)])
+    return weighed_exactly(exact, balancer, rows, running)
 
 
 def _read(shared: list[Tensor], parts: Sequence[Sequence[Tensor | None]], running: Pass) -> list[Tensor | None]:

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from mtlwrap.balancers.base import Balancer
-from mtlwrap.gradients import completed, plain
+from mtlwrap.probe import pull_back, pull_back_together
+from mtlwrap.rows import Rows
 from mtlwrap.state import WideBuffers
 
 
@@ -17,15 +19,21 @@ class Parameters:
 
     These are the gradients that the papers of gradient balancers speak of, and that TorchJD takes. Each step that
     weighs anew runs the backbone's backward once per task, within the one ordinary backward pass, and holds T
-    gradients of the size of the shared parameters. ``gradients="parameters"`` is short for it.
+    gradients of the size of the shared parameters, and one more in passing. ``gradients="parameters"`` is short for it.
 
     Args:
         refresh_every: weigh anew in every k-th step only, and whenever a task comes that had no part in the last
             weighing; the steps between use the last weights, at the cost of a plain backward. Needs a balancer that
             returns weights.
+        vectorize: run the backbone's backward once for all tasks together, by ``torch.vmap``. It takes about half the
+            time where there are four tasks or more and many small layers, none where layers are large, and twice the
+            memory. Not every backbone allows it (no sparse embeddings, no compiled layers); then the backward raises
+            an error. Hooks of tensors inside the backbone see the gradients of all tasks in one tensor, which cannot
+            be kept, so ``retain_grad`` there does not work. Of no effect with batches of their own per task,
+            ``weigh_heads`` or an auxiliary loss that reads predictions.
 
     Raises:
-        TypeError, ValueError: ``refresh_every`` is no positive int.
+        TypeError, ValueError: ``refresh_every`` is no positive int, or ``vectorize`` no bool.
 
     Example:
         >>> from torch import nn
@@ -35,12 +43,15 @@ class Parameters:
     """
 
     refresh_every: int = 1
+    vectorize: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.refresh_every, bool) or not isinstance(self.refresh_every, int):
             raise TypeError(f"refresh_every: expected an int, got {self.refresh_every!r}.")
         if self.refresh_every < 1:
             raise ValueError(f"refresh_every: expected at least 1, got {self.refresh_every}.")
+        if not isinstance(self.vectorize, bool):
+            raise TypeError(f"vectorize: expected a bool, got {self.vectorize!r}.")
 
 
 class Schedule(WideBuffers):
@@ -104,40 +115,28 @@ def _forget(schedule: Schedule, _: object) -> None:
 class Exact:
     """What a fork needs to balance the gradients on the shared parameters, rather than those on the representation."""
 
-    def __init__(self, parameters: Sequence[Tensor], schedule: Schedule | None) -> None:
+    def __init__(self, parameters: Sequence[Tensor], schedule: Schedule | None, vectorize: bool = False) -> None:
         self.parameters = tuple(parameters)
         self.schedule = schedule
+        self.vectorize = vectorize
 
-    def parts(
-        self, rows: Sequence[Sequence[Tensor | None]], taking_part: tuple[bool, ...]
-    ) -> list[list[Tensor | None]]:
-        """For each parameter, as a vector, the gradient of each task, from a row for each task that takes part."""
-        remaining = iter(rows)
-        by_task = [next(remaining) if present else [None] * len(self.parameters) for present in taking_part]
-        return [
-            completed(
-                [_flat(row[index]) for row in by_task],
-                taking_part,
-                (parameter.numel(),),
-                (parameter.dtype, parameter.device),
-            )
-            for index, parameter in enumerate(self.parameters)
-        ]
-
-    def shaped(self, shared: Sequence[Tensor], rows: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
-        """The shared gradient in the parameters' shapes; nothing for one that no task reaches."""
-        reached = [any(row[index] is not None for row in rows) for index in range(len(self.parameters))]
-        return [
-            gradient.reshape(parameter.shape) if r else None
-            for gradient, parameter, r in zip(shared, self.parameters, reached, strict=True)
-        ]
+    def rows(
+        self, edges: Sequence[GradientEdge], parts: Sequence[Sequence[Tensor | None]], taking_part: Sequence[bool]
+    ) -> Rows:
+        """The gradients of the tasks that take part, for those on the representation: by tensor, then by task."""
+        rows = Rows(self.parameters, taking_part)
+        present = [task for task, is_present in enumerate(taking_part) if is_present]
+        if self.vectorize and len(present) > 1:
+            stacked = pull_back_together(edges, [[part[task] for task in present] for part in parts], self.parameters)
+            if stacked is not None:
+                rows.fill(stacked)
+                return rows
+        for task in present:
+            rows.add(pull_back(edges, [part[task] for part in parts], self.parameters))
+        return rows
 
     def prepare(self, balancer: Balancer) -> None:
-        """Have the balancer allocate its state for gradients of this size."""
+        """Have the balancer allocate its state for gradients of this size, if it has any of that kind."""
+        if type(balancer).prepare is Balancer.prepare:
+            return  # hundreds of shapes in each step, for nothing
         balancer.prepare([parameter.detach().reshape(1, -1) for parameter in self.parameters])
-
-
-def _flat(gradient: Tensor | None) -> Tensor | None:
-    """As a vector; that of an embedding can be sparse."""
-    dense = plain(gradient)
-    return None if dense is None else dense.reshape(-1)

@@ -411,7 +411,7 @@ def _summed(gradient: Tensor, feature_dim: int | None) -> Tensor:
 def _add_gramian(total: Tensor, rows: Sequence[Tensor | None]) -> None:
     """Add the inner products of equally long vectors to ``total``, in blocks that are converted to its precision."""
     row = next((row for row in rows if row is not None), None)
-    if row is not None and len(rows) > 2 and _suits_single_precision(row):
+    if row is not None and len(rows) > 3 and _suits_single_precision(row):
         _add_large_gramian(total, rows)
     elif row is not None:
         for piece in _blocks(rows, row, total.new_zeros(len(rows), _width(len(rows), row))):
@@ -425,9 +425,9 @@ def _add_large_gramian(total: Tensor, rows: Sequence[Tensor | None]) -> None:
     the norms, for each vector is brought to a size of about one.
     """
     row = next(row for row in rows if row is not None)
-    sizes = torch.stack([row.new_ones(()) if r is None else _size(r) for r in rows])
+    sizes = _sizes([row.new_zeros(1) if r is None else r for r in rows])
     sums = torch.zeros_like(total)
-    for piece in _blocks(rows, row, row.new_zeros(len(rows), _BLOCK), sizes.unbind()):
+    for piece in _blocks(rows, row, row.new_zeros(len(rows), 2 * _BLOCK), sizes.reciprocal()[:, None]):
         whole = piece.shape[1] // _SHORT * _SHORT
         short = piece[:, :whole].unflatten(1, (-1, _SHORT)).transpose(0, 1).split(_ROWS, 1)
         for first, second in combinations_with_replacement(range(len(short)), 2):
@@ -443,20 +443,38 @@ def _add_large_gramian(total: Tensor, rows: Sequence[Tensor | None]) -> None:
 
 
 def _blocks(
-    rows: Sequence[Tensor | None], like: Tensor, block: Tensor, sizes: Sequence[Tensor] | None = None
+    rows: Sequence[Tensor | None], like: Tensor, block: Tensor, factors: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """The vectors in pieces, ``[T, width]``, divided by their sizes; the same memory is used for each."""
+    """The vectors in pieces, ``[T, width]``, times their factors, ``[T, 1]``; the same memory is used for each."""
     length, width = like.numel(), max(1, block.shape[1])
+    matrix = _matrix(rows)
+    sources: Sequence[tuple[int | slice, Tensor | None]] = list(enumerate(rows))
+    if matrix is not None:  # all in one operation
+        sources = [(slice(None), matrix)]
     for start in range(0, length, width):
         piece = block[:, : min(width, length - start)]
-        for index, row in enumerate(rows):
-            if row is None:
+        for index, source in sources:
+            if source is None:
                 continue
-            if sizes is None:
-                piece[index].copy_(row[start : start + width])
+            taken = source[..., start : start + width]
+            if factors is None:
+                piece[index].copy_(taken)
             else:
-                torch.div(row[start : start + width], sizes[index], out=piece[index])
+                torch.mul(taken, factors[index], out=piece[index])
         yield piece
+
+
+def _matrix(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """The matrix that these are the rows of, if they are the rows of one."""
+    base = None if rows[0] is None else rows[0]._base
+    if base is None or base.dim() != 2 or base.shape[0] != len(rows):
+        return None
+    for index, row in enumerate(rows):
+        if row is None or row._base is not base or row.shape != base.shape[1:] or row.stride() != base.stride()[1:]:
+            return None
+        if row.storage_offset() != base.storage_offset() + index * base.stride(0):
+            return None
+    return base.detach()
 
 
 def _width(num_rows: int, row: Tensor) -> int:
@@ -469,14 +487,15 @@ def _width(num_rows: int, row: Tensor) -> int:
 
 def _suits_single_precision(row: Tensor) -> bool:
     """Whether products in float32 do: on a CPU, where they are several times as fast, and are what they are called."""
-    long = row.numel() >= 4 * _BLOCK
+    long = row.numel() >= 2 * _BLOCK
     return long and row.is_cpu and row.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
 
-def _size(row: Tensor) -> Tensor:
-    """About the largest entry, 0-dim; a power of two, so that dividing by it rounds nothing."""
-    least, most = torch.aminmax(row)  # several times as fast as the norm of the same name
-    largest = torch.maximum(-least, most)
+def _sizes(rows: Sequence[Tensor]) -> Tensor:
+    """About the largest entry of each, ``[T]``; a power of two, so that dividing by it rounds nothing."""
+    # Several times as fast as the norm of the same name, and as the same over a matrix.
+    ends = [torch.aminmax(row) for row in rows]
+    largest = torch.maximum(-torch.stack([end.min for end in ends]), torch.stack([end.max for end in ends]))
     _, exponent = torch.frexp(largest)
     return torch.where((largest > 0) & largest.isfinite(), torch.exp2(exponent.clamp(-126, 126)), 1.0)
 

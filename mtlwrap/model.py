@@ -310,7 +310,7 @@ class MultiTaskModel(nn.Module):
             return None
         shared = [p for p in self.backbone.parameters() if p.requires_grad]
         # With nothing to train in the backbone what is left is the gradient on its input, by way of the representation.
-        return Exact(shared, self.schedule) if shared else None
+        return Exact(shared, self.schedule, self._exact.vectorize) if shared else None
 
     def _positions(self, tasks: int | str | Iterable[int | str] | None) -> list[int]:
         if tasks is None:

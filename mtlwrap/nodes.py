@@ -22,8 +22,9 @@ from mtlwrap.balancers.base import Balancer
 from mtlwrap.exact import Exact
 from mtlwrap.gradients import TaskGradients, completed
 from mtlwrap.passes import Decision, Order, Pass, graph_task_id, keeps_graph, remember
-from mtlwrap.probe import pull_back, wants_the_pass
+from mtlwrap.probe import wants_the_pass
 from mtlwrap.report import Report
+from mtlwrap.rows import Rows
 from mtlwrap.step import current_scope
 from mtlwrap.surroundings import opaque, without_autocast
 
@@ -131,12 +132,8 @@ class ForkState:
             # Without gradients: those on the parameters are not known now, and others would be mistaken for them.
             self.report.fill(raw_weights(weights, on_z), None, self.scope)
             return [*where_read(on_z.scaled_sum(weights), parts), *[None] * len(self.parameters), *nothing]
-        rows: Sequence[Sequence[Tensor | None]] = [
-            pull_back(self.edges, [part[task] for part in parts], exact.parameters)
-            for task, present in enumerate(taking_part)
-            if present
-        ]
-        chosen, gradients, rows = weighed_exactly(exact, self.balancer, rows, running)
+        rows = exact.rows(self.edges, parts, taking_part)
+        chosen, gradients = weighed_exactly(exact, self.balancer, rows, running)
         own = self._own(gradients, running.scale)
         self._report(chosen, gradients)
         # With create_graph the derivative of the shared gradient is wanted, which these are not connected to.
@@ -144,7 +141,7 @@ class ForkState:
             weights = needed(chosen, self.balancer, "a backbone with hooks, or whose input wants a gradient,")
             return [*where_read(on_z.scaled_sum(weights), parts), *own, *nothing]
         combined = shared_gradient(self.balancer, gradients, chosen)
-        return [*[None] * self.num_tensors, *own, *exact.shaped(combined, rows)]
+        return [*[None] * self.num_tensors, *own, *rows.shaped(combined)]
 
     def _carry_out(self, decision: Decision) -> list[Tensor | None]:
         own = decision.own if self is next(iter(decision.shared)) else {}
@@ -214,21 +211,15 @@ def scaled_own(balancer: Balancer, gradients: TaskGradients, scale: Tensor) -> d
         return {name: own * scale.to(own) for name, own in balancer.own_gradients(gradients).items()}
 
 
-def weighed_exactly(
-    exact: Exact, balancer: Balancer, rows: Sequence[Sequence[Tensor | None]], running: Pass
-) -> tuple[Tensor | None, TaskGradients, Sequence[Sequence[Tensor | None]]]:
-    """The balancer's weights for gradients on the shared parameters, a row for each task that takes part.
-
-    With several processes these are the means of their rows, which are returned too.
-    """
-    taking_part, ranks = running.order.taking_part, running.order.ranks
-    if ranks is not None:
-        rows = ranks.mean_rows(rows, exact.parameters)
-    gradients = running.task_gradients(exact.parts(rows, taking_part), has_batch=False, of_all=True)
+def weighed_exactly(exact: Exact, balancer: Balancer, rows: Rows, running: Pass) -> tuple[Tensor | None, TaskGradients]:
+    """The balancer's weights for gradients on the shared parameters; with several processes, for their means."""
+    if running.order.ranks is not None:
+        rows.average(running.order.ranks)
+    gradients = running.task_gradients(rows.parts(), has_batch=False, of_all=True)
     weights = decided_weights(balancer, gradients)
     if exact.schedule is not None:
-        exact.schedule.keep(needed(weights, balancer, "refresh_every"), taking_part)
-    return weights, gradients, rows
+        exact.schedule.keep(needed(weights, balancer, "refresh_every"), running.order.taking_part)
+    return weights, gradients
 
 
 def raw_weights(weights: Tensor | None, gradients: TaskGradients) -> Tensor | None:

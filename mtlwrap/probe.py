@@ -31,6 +31,39 @@ def pull_back(
     return list(found)
 
 
+def pull_back_together(
+    outputs: Sequence[GradientEdge], gradients: Sequence[Sequence[Tensor | None]], inputs: Sequence[Tensor]
+) -> list[Tensor | None] | None:
+    """The same for several gradients on each output, in one pass: those on each input, stacked.
+
+    None if some of the gradients on an output are missing: a function that divides by the norm of its gradient would
+    make of the zeros in their place what is not a number.
+
+    Raises:
+        ValueError: a part of the graph cannot be run for several gradients at once.
+    """
+    missing = [[gradient is None for gradient in several] for several in gradients]
+    if any(any(several) and not all(several) for several in missing) or all(map(all, missing)):
+        return None
+    given = [(output, several) for output, several in zip(outputs, gradients, strict=True) if several[0] is not None]
+    try:
+        found = torch.autograd.grad(
+            cast("Sequence[Tensor]", [output for output, _ in given]),
+            inputs,
+            [torch.stack(cast("list[Tensor]", list(several))) for _, several in given],
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"vectorize=True: the backbone's backward cannot be run for all tasks at once. {error}"
+        ) from error
+    return list(found)
+
+
 def wants_the_pass(edges: Sequence[GradientEdge], parameters: Sequence[Tensor]) -> bool:
     """Whether the graph behind ``edges`` must be run backward once more, though its parameters have their gradient.
 

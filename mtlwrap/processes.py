@@ -8,7 +8,6 @@ the other, each divided by W: their inner products are sums over the processes, 
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -57,30 +56,17 @@ class Ranks:
         dist.all_reduce(total, group=self._group)
         return total.div_(self.size)
 
-    def mean_rows(self, rows: Sequence[Sequence[Tensor | None]], like: Sequence[Tensor]) -> list[list[Tensor | None]]:
-        """The mean over all ranks of each row; what is missing on one counts 0.
+    def mean_parts(self, parts: Sequence[Sequence[Tensor | None]], like: Sequence[Tensor]) -> list[list[Tensor | None]]:
+        """The means of what is sorted by tensor, in each an entry for each task; what is missing on a rank counts 0.
 
         Args:
-            rows: in each a tensor in the shape of each of ``like``, or None.
-            like: what they are the gradients of.
+            parts: for each tensor and task a gradient in its shape, or None.
+            like: the tensors.
         """
-        return [self._mean_row(row, like) for row in rows]
-
-    def mean_parts(self, parts: Sequence[Sequence[Tensor | None]], like: Sequence[Tensor]) -> list[list[Tensor | None]]:
-        """The same for what is sorted by tensor, in each an entry for each task."""
-        rows = self.mean_rows(list(zip(*parts, strict=True)), like)
-        return [list(part) for part in zip(*rows, strict=True)]
-
-    def _mean_row(self, row: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
-        means: list[Tensor | None] = [None] * len(like)
-        # One message for all tensors of a kind, on one device.
-        order = sorted(range(len(like)), key=lambda i: (str(like[i].dtype), str(like[i].device)))
-        for _, indices in groupby(order, key=lambda i: (like[i].dtype, like[i].device)):
-            chosen = list(indices)
-            dense = [_dense(row[i], like[i]) for i in chosen]
-            mean = self.mean(torch.cat([tensor.reshape(-1) for tensor in dense]))
-            for i, piece in zip(chosen, mean.split([tensor.numel() for tensor in dense]), strict=True):
-                means[i] = piece.reshape(like[i].shape)
+        means: list[list[Tensor | None]] = []
+        for part, zero in zip(parts, like, strict=True):
+            filled = [torch.zeros_like(zero) if gradient is None else gradient for gradient in part]
+            means.append([*self.mean(torch.stack(filled)).unbind()])
         return means
 
 
@@ -239,9 +225,3 @@ def _timeout(group: "dist.ProcessGroup") -> timedelta | None:
         if isinstance(timeout, timedelta):
             return timeout
     return None
-
-
-def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
-    if gradient is None:
-        return torch.zeros_like(like)
-    return gradient if gradient.layout == torch.strided else gradient.to_dense()

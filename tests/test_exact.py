@@ -559,6 +559,134 @@ def test_what_rotates_is_refused() -> None:
         make_model(RotoGrad(8))
 
 
+# ----------------------------------------------------------------------------------------------------------- long rows
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize("name", ["several", "checkpoint", "recurrent", "function"])
+def test_all_kinds_of_backbones(name: str, vectorize: bool) -> None:
+    """One after the other, and together: the weighted sum of what one autograd.grad per task gives."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.GRU(1, 8, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x[:, :, None])[0][:, -1]
+
+    torch.manual_seed(0)
+    kinds = {"checkpoint": (Checkpointed, False), "recurrent": (Recurrent,), "function": (Watched, "a function")}
+    make, *given = kinds.get(name, (make_backbone,))
+    backbone = make(*given)
+    model = MultiTaskModel(backbone, make_heads(), IMTLG(), gradients=Parameters(vectorize=vectorize))
+    model.double().to(DEVICE)
+    x = make_input()
+    rows = jacobian(model, x)
+    alpha = paper_weights(rows).to(DEVICE)
+    with cached():
+        model.backward(make_losses(model(x)))
+        assert_close(model.task_gradients.matrix, rows, **CLOSE)
+        assert_close(model.task_gradients.gramian, rows @ rows.T, **CLOSE)
+    assert_close(model.task_weights, alpha, **CLOSE)
+    if name != "function":  # whose backward is not linear: it is run once more, for the weighted sum
+        assert_close(shared_gradient(model), alpha @ rows, **CLOSE)
+
+
+class Mixed(nn.Module):
+    """Parameters of three types next to each other; of two tensors each is read by some tasks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(5, 4))
+        self.offset = nn.Parameter(torch.randn(4, dtype=torch.float64))
+        self.unread = nn.Parameter(torch.randn(3, dtype=torch.float64))
+        self.turn = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+        self.table = nn.Embedding(6, 4, sparse=True)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = ((x.float() @ self.first).double() + self.offset).float() + self.table.weight.new_ones(())
+        words = self.table(torch.arange(len(x), device=x.device) % 6)
+        return {"first": (hidden * self.turn).abs(), "second": hidden.tanh() + words}
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize("absent", [False, True])
+def test_parameters_of_several_types(absent: bool, vectorize: bool) -> None:
+    torch.manual_seed(0)
+    heads = [Reads("first", 4), Reads("second", 4), Reads("second", 4), Reads("first", 4)]
+    model = MultiTaskModel(Mixed(), heads, IMTLG(), gradients=Parameters(vectorize=vectorize)).to(DEVICE)
+    x, shared = make_input(), list(model.shared_parameters())
+    rows = []
+    with cached():
+        losses: list[Tensor | None] = [p.square().mean() for p in model(x)]
+        for loss in losses:
+            found = torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True)
+            rows.append(
+                [p.new_zeros(p.shape) if g is None else g.to_dense() for g, p in zip(found, shared, strict=True)]
+            )
+        if absent:
+            losses[1] = None
+        model.backward(losses)
+        weights = model.task_weights
+        found_matrix = model.task_gradients.matrix
+    flat = [torch.cat([_real(g) for g in row]) for row in rows]
+    expected = torch.stack([torch.zeros_like(r) if absent and t == 1 else r for t, r in enumerate(flat)])
+    assert_close(found_matrix, expected, check_dtype=False, rtol=1e-5, atol=1e-6)
+    assert (weights[1] == 0) == absent
+    for index, parameter in enumerate(shared):
+        if parameter is model.backbone.unread:
+            assert parameter.grad is None
+        else:
+            total = sum(w.to(row[index].real) * row[index] for w, row in zip(weights, rows, strict=True))
+            assert parameter.grad.dtype == parameter.dtype
+            assert_close(parameter.grad.to_dense(), total, rtol=1e-4, atol=1e-5)
+
+
+def _real(gradient: Tensor) -> Tensor:
+    return (torch.view_as_real(gradient) if gradient.is_complex() else gradient).flatten().double()
+
+
+def test_gradients_do_not_overlap() -> None:
+    """They lie in one piece of memory."""
+    model = make_model(IMTLG())
+    model.backward(make_losses(model(make_input())))
+    before = [p.grad.clone() for p in model.shared_parameters()]
+    for index, parameter in enumerate(model.shared_parameters()):
+        parameter.grad.fill_(index)
+        before[index] = torch.full_like(parameter, index)
+        assert_close([p.grad for p in model.shared_parameters()], before, **EXACT)
+
+
+def test_what_cannot_be_run_together_says_so() -> None:
+    class Branches(Normalised):
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient if gradient.sum() > 0 else 2 * gradient
+
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Branches.apply(self.layer(x))
+
+    model = MultiTaskModel(Branching(), make_heads(), IMTLG(), gradients=Parameters(vectorize=True)).double().to(DEVICE)
+    with pytest.raises(ValueError, match="vectorize=True: the backbone's backward cannot be run for all tasks at once"):
+        model.backward(make_losses(model(make_input())))
+
+
+def test_together_and_refreshed() -> None:
+    model = make_model(IMTLG(), Parameters(refresh_every=2, vectorize=True))
+    plain = make_model(IMTLG(), Parameters(refresh_every=2))
+    for step in range(4):
+        for each in (model, plain):
+            each.zero_grad()
+            each.backward(make_losses(each(make_input(step))))
+        assert_close(shared_gradient(model), shared_gradient(plain), **CLOSE)
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
@@ -570,3 +698,8 @@ def test_what_rotates_is_refused() -> None:
 def test_bad_arguments(given: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Parameters(refresh_every=given)
+
+
+def test_vectorize_is_a_bool() -> None:
+    with pytest.raises(TypeError, match="vectorize: expected a bool, got 2"):
+        Parameters(vectorize=2)
