@@ -284,18 +284,18 @@ def test_no_warning_without_reason(case: str) -> None:
 
 
 def test_several_processes_are_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each would decide by itself; that is said until the decision is reduced over them."""
+    """Each decides by itself where the model is in no DDP, not sharded, and given no group."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     model, x = make_model("imtl-g"), make_input()
-    with pytest.warns(UserWarning, match="There are 4 processes, and IMTLG weighs gradients"):
+    with pytest.warns(UserWarning, match="There are several processes, and IMTLG weighs gradients"):
         model.backward(make_losses(model(x)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.backward(make_losses(model(x)))
-        for quiet in (None, "uw"):
-            other = make_model(quiet)
-            other.backward(make_losses(other(x)))
+        apart = MultiTaskModel(nn.Linear(5, 8), make_heads(), "imtl-g", process_group=None)
+        for quiet in (make_model(), make_model("uw"), apart):
+            quiet.to(x).backward(make_losses(quiet(x)))
 
 
 def test_a_fused_optimizer_is_not_warned_about() -> None:
