@@ -6,37 +6,60 @@ import torch
 from torch import Tensor, nn
 
 from mtlwrap.aliases import alias
+from mtlwrap.passes import Pass, graph_task_id, remember
 from mtlwrap.structure import differentiable_tensors, replace_tensors
 from mtlwrap.surroundings import opaque, transforming
 
 
-class PredictionsNode(torch.autograd.Function):
-    """Forward: the predictions, and a zero, the token. Backward: zeros for predictions without a gradient.
+class Connection:
+    """One forward whose predictions are connected; a part of its graph.
 
-    Only in a pass that comes through the token. Then every head runs, whichever losses there are, so that whoever
-    counts on each parameter's gradient (DDP), or gathers parameters as they are needed (FSDP), does so in every
-    process. The parameters among the inputs are those that the total reaches by other ways than a prediction.
+    Attributes:
+        tasks: the task of each prediction that has a gradient.
+    """
+
+    def __init__(self, tasks: tuple[int, ...]) -> None:
+        self.tasks = tasks
+        self._passes: dict[int, Pass] = {}
+
+    def leave(self, running: Pass) -> None:
+        """Called by the scalar node: in this backward pass the heads of all tasks that take part run."""
+        remember(self._passes, running)
+
+    def awaited(self) -> list[bool]:
+        """For each prediction, whether its head is to run in this backward pass though no loss here asks for it."""
+        running = self._passes.pop(graph_task_id(), None)
+        return [running is not None and running.order.taking_part[task] for task in self.tasks]
+
+
+class PredictionsNode(torch.autograd.Function):
+    """Forward: the predictions, and a zero, the token. Backward: zeros for predictions that have a loss elsewhere only.
+
+    Then a head runs in every process if it does so in one, whichever losses there are, as it must where each waits for
+    the others: to average a parameter's gradient (DDP), or to gather parameters that are sharded (FSDP). The token
+    leads here where there is no loss at all. The parameters among the inputs are those that the total reaches by other
+    ways than a prediction.
     """
 
     @staticmethod
-    def forward(num_predictions: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        predictions = tensors[:num_predictions]
+    def forward(connection: Connection, *tensors: Tensor) -> tuple[Tensor, ...]:
+        predictions = tensors[: len(connection.tasks)]
         return (*(alias(tensor) for tensor in predictions), predictions[0].new_zeros((), dtype=torch.float32))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        num_predictions = inputs[0]
-        ctx.num_parameters = len(inputs) - 1 - num_predictions
-        ctx.forms = [(t.shape, t.dtype, t.device) for t in inputs[1 : 1 + num_predictions]]
+        connection, *tensors = inputs
+        ctx.connection = connection
+        ctx.num_parameters = len(tensors) - len(connection.tasks)
+        ctx.forms = [(t.shape, t.dtype, t.device) for t in tensors[: len(connection.tasks)]]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @opaque
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        *arrived, token = gradients
-        if token is not None:
-            arrived = [_zeros(*form) if g is None else g for g, form in zip(arrived, ctx.forms, strict=True)]
-        return (None, *arrived, *[None] * ctx.num_parameters)
+        found = zip(gradients, ctx.connection.awaited(), ctx.forms, strict=False)  # behind them is the token's
+        returned = [_zeros(*form) if g is None and awaited else g for g, awaited, form in found]
+        return (None, *returned, *[None] * ctx.num_parameters)
 
 
 def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -45,27 +68,33 @@ def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 @opaque
-def connect(predictions: dict[Any, Any], parameters: list[nn.Parameter]) -> tuple[dict[Any, Any], Tensor | None]:
-    """The predictions, connected, and the token through which to reach all of them; None if none has a gradient.
+def connect(
+    predictions: dict[int, Any], parameters: list[nn.Parameter]
+) -> tuple[dict[int, Any], Connection | None, Tensor | None]:
+    """The predictions, connected, their connection and its token; neither if none has a gradient.
 
     What a head returns in a container of unknown type stays as it is.
     """
-    tensors: dict[int, Tensor] = {}
     visible = {task: found for task, prediction in predictions.items() if (found := _found(prediction)) is not None}
-    for found in visible.values():
-        tensors.update((id(tensor), tensor) for tensor in found if tensor.requires_grad)
+    tensors: dict[int, tuple[Tensor, int]] = {}
+    for task, found in visible.items():
+        for tensor in found:
+            if tensor.requires_grad:
+                tensors.setdefault(id(tensor), (tensor, task))
     if not tensors or transforming():
-        return predictions, None
-    *outputs, token = PredictionsNode.apply(len(tensors), *tensors.values(), *parameters)
+        return predictions, None, None
+    connection = Connection(tuple(task for _, task in tensors.values()))
+    *outputs, token = PredictionsNode.apply(connection, *(tensor for tensor, _ in tensors.values()), *parameters)
     connected = dict(zip(tensors, outputs, strict=True))
 
     def substitute(tensor: Tensor) -> Tensor:
         return cast("Tensor", connected.get(id(tensor), tensor))
 
-    return {
+    rebuilt = {
         task: replace_tensors(prediction, substitute) if task in visible else prediction
         for task, prediction in predictions.items()
-    }, token
+    }
+    return rebuilt, connection, token
 
 
 def _found(prediction: Any) -> list[Tensor] | None:

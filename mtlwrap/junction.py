@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mtlwrap.aliases import each_its_own
 from mtlwrap.balancers.base import Balancer
-from mtlwrap.connection import connect
+from mtlwrap.connection import Connection, connect
 from mtlwrap.decision import decide
 from mtlwrap.exact import Exact
 from mtlwrap.nodes import ForkNode, ForkState, LossesNode, ScalarNode, vector_of
@@ -25,10 +25,11 @@ from mtlwrap.surroundings import opaque, transforming
 from mtlwrap.walk import Walk
 
 
-class _Connected(NamedTuple):
-    """A forward whose predictions are connected: of which tasks, by what, from which fork, if any."""
+class _Waiting(NamedTuple):
+    """A forward whose predictions are connected: of which tasks, how, by what token, from which fork, if any."""
 
     tasks: frozenset[int]
+    connection: Connection
     token: Tensor
     fork: "weakref.ref[ForkState] | None"
 
@@ -58,7 +59,7 @@ class Junction:
         # Whether the graph of exact gradients was looked at.
         self._seen_exact = False
         # Forwards whose predictions are connected, until they are scalarized.
-        self._waiting: list[_Connected] = []
+        self._waiting: list[_Waiting] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Forks belong to graphs, and a copy of a model has none yet.
@@ -143,13 +144,13 @@ class Junction:
         """With several processes, the predictions connected: whichever losses a process has, it runs every head."""
         if self.peers.ranks is None or not torch.is_grad_enabled():
             return predictions
-        connected, token = connect(predictions, [p for p in balancer.parameters() if p.requires_grad])
-        if token is not None:
+        connected, connection, token = connect(predictions, [p for p in balancer.parameters() if p.requires_grad])
+        if connection is not None and token is not None:
             tasks = frozenset(predictions)
             with self._lock:
                 # A forward that another one has replaced is not waited for: its graph is to be freed.
                 self._waiting = [other for other in self._waiting if tasks.isdisjoint(other.tasks)]
-                self._waiting.append(_Connected(tasks, token, self._alive[-1] if self._forked else None))
+                self._waiting.append(_Waiting(tasks, connection, token, self._alive[-1] if self._forked else None))
         return connected
 
     @opaque
@@ -180,19 +181,11 @@ class Junction:
         auxiliary: Tensor | None,
     ) -> Tensor:
         self.peers.check()
-        ranks = self.peers.ranks
-        forks, joint = self._forks_of(losses, here) if chosen else ([], False)
-        tokens: list[Tensor] = []
-        if ranks is not None:
-            forks, tokens = self._connected(forks)
-            joint = joint or any(one.tasks != other.tasks for one in forks for other in forks)
-            if joint:
-                self.peers.check_several_forwards()
+        forks, connected, joint = self._forwards(losses, here)
+        tokens = [forward.token for forward in connected]
         self._check_exact(forks)
-        taking_part, values = (
-            here,
-            vector_of(chosen) if chosen else torch.zeros(0, dtype=self._dtype, device=self._device),
-        )
+        values = vector_of(chosen) if chosen else torch.zeros(0, dtype=self._dtype, device=self._device)
+        ranks, taking_part = self.peers.ranks, here
         if ranks is not None:
             taking_part, values = ranks.agree(here, values)
         if not any(taking_part):  # a batch without a label: backward works and does nothing
@@ -211,25 +204,35 @@ class Junction:
             order.decide = partial(
                 decide, losses=losses, forks=forks, balancer=balancer, auxiliary=aside, weigh_heads=self.weigh_heads
             )
-        return cast("Tensor", ScalarNode.apply(order, forks, total))
+        return cast("Tensor", ScalarNode.apply(order, [*forks, *(forward.connection for forward in connected)], total))
 
-    def _connected(self, forks: list[ForkState]) -> tuple[list[ForkState], list[Tensor]]:
-        """The forks of all forwards that are to run backward, and the tokens that connect their predictions.
+    def _forwards(
+        self, losses: Sequence[Tensor | None], here: tuple[bool, ...]
+    ) -> tuple[list[ForkState], list[_Waiting], bool]:
+        """The forks to run backward, the forwards that are connected, and whether tasks have forwards of their own.
 
-        Those are the forwards that losses came from, and the others that wait: their losses are in other processes.
+        With several processes these are the forwards that losses came from, and the others that wait: their losses
+        are in other processes.
         """
+        forks, joint = self._forks_of(losses, here) if any(here) else ([], False)
+        if self.peers.ranks is None:
+            return forks, [], joint
         covered = {task for fork in forks for task in fork.tasks}
         with self._lock:
             waiting, self._waiting = self._waiting, []
-        found, tokens = list(forks), []
+        found, connected = dict.fromkeys(forks), []
         for forward in waiting:
             fork = None if forward.fork is None else forward.fork()
             if fork in forks or covered.isdisjoint(forward.tasks):
-                tokens.append(forward.token)
-                found += [fork] if fork is not None and fork not in forks else []
+                connected.append(forward)
+                found |= {} if fork is None else {fork: None}
             else:
                 self._waiting.append(forward)
-        return sorted(found, key=lambda fork: fork.tasks), tokens
+        forks = sorted(found, key=lambda fork: fork.tasks)
+        joint = joint or any(fork.tasks != forks[0].tasks for fork in forks)
+        if joint:
+            self.peers.check_several_forwards()
+        return forks, connected, joint
 
     def _living(self) -> list[ForkState]:
         """The forks whose graph can still be run backward."""

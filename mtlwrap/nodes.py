@@ -36,6 +36,13 @@ class Owner(Protocol):
     report: Report
 
 
+class Station(Protocol):
+    """What a balanced backward pass comes by, and is told of beforehand: a fork, or the connection of predictions."""
+
+    def leave(self, running: Pass) -> None:
+        """In the backward pass that is running, follow its order."""
+
+
 class ForkState:
     """One passage through the fork. It belongs to the graph; the model knows it weakly, so the model holds no graph."""
 
@@ -312,12 +319,12 @@ class LossesNode(torch.autograd.Function):
 
 
 class ScalarNode(torch.autograd.Function):
-    """Forward: the total. Backward: leaves the order, with what the total was multiplied with, at the forks."""
+    """Forward: the total. Backward: leaves the order, with what the total was multiplied with, at the stations."""
 
     @staticmethod
-    def forward(ctx: Any, order: Order, forks: Sequence[ForkState], total: Tensor) -> Tensor:
+    def forward(ctx: Any, order: Order, stations: Sequence[Station], total: Tensor) -> Tensor:
         ctx.order = order
-        ctx.forks = forks
+        ctx.stations = stations
         return total.clone()
 
     @staticmethod
@@ -325,8 +332,8 @@ class ScalarNode(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (gradient,) = gradients
         running = Pass(ctx.order, gradient.detach())
-        for fork in ctx.forks:
-            fork.leave(running)
+        for station in ctx.stations:
+            station.leave(running)
         remember(ctx.order.passes, running)
         return None, None, gradient
 
