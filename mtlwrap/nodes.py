@@ -110,9 +110,12 @@ class ForkState:
         if self.exact is not None:
             return self._balance_exactly(self.exact, parts, gradients, running)
         weights = decided_weights(self.balancer, gradients)
-        shared = shared_gradient(self.balancer, gradients, weights)
         self._report(weights, gradients)
-        return [*where_read(shared, parts), *self._own(gradients, running.scale)]
+        own = self._own(gradients, running.scale)
+        if not self.balancer.sees_gradients:
+            # As autograd adds up half-precision gradients in the steps in which nobody looks at them.
+            return [*(plain_sum(of_present(part, running.order.taking_part)) for part in parts), *own]
+        return [*where_read(shared_gradient(self.balancer, gradients, weights), parts), *own]
 
     def _balance_exactly(
         self, exact: Exact, parts: list[list[Tensor | None]], on_z: TaskGradients, running: Pass
@@ -336,6 +339,11 @@ def vector_of(losses: Sequence[Tensor]) -> Tensor:
     for loss in losses:
         wide = torch.promote_types(wide, loss.dtype)
     return torch.stack([loss.detach().to(device=losses[0].device, dtype=wide) for loss in losses])
+
+
+def of_present(part: Sequence[Tensor | None], taking_part: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of the tasks that take part."""
+    return [gradient if present else None for gradient, present in zip(part, taking_part, strict=True)]
 
 
 def _device_type(gradients: Sequence[Tensor | None]) -> str:
