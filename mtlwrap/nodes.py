@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from mtlwrap.aliases import alias
 from mtlwrap.balancers.base import Balancer
 from mtlwrap.exact import Exact
-from mtlwrap.gradients import TaskGradients, completed
+from mtlwrap.gradients import TaskGradients, completed, plain
 from mtlwrap.passes import Decision, Order, Pass, graph_task_id, keeps_graph, remember
 from mtlwrap.probe import pull_back, wants_the_pass
 from mtlwrap.report import Report
@@ -114,7 +114,7 @@ class ForkState:
         own = self._own(gradients, running.scale)
         if not self.balancer.sees_gradients:
             # As autograd adds up half-precision gradients in the steps in which nobody looks at them.
-            return [*(plain_sum(of_present(part, running.order.taking_part)) for part in parts), *own]
+            return [*(plain_sum(present_of(part, running.order.taking_part)) for part in parts), *own]
         return [*where_read(shared_gradient(self.balancer, gradients, weights), parts), *own]
 
     def _balance_exactly(
@@ -341,9 +341,9 @@ def vector_of(losses: Sequence[Tensor]) -> Tensor:
     return torch.stack([loss.detach().to(device=losses[0].device, dtype=wide) for loss in losses])
 
 
-def of_present(part: Sequence[Tensor | None], taking_part: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of the tasks that take part."""
-    return [gradient if present else None for gradient, present in zip(part, taking_part, strict=True)]
+def present_of(part: Sequence[Tensor | None], taking_part: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of the tasks that take part, dense."""
+    return [plain(gradient) if present else None for gradient, present in zip(part, taking_part, strict=True)]
 
 
 def _device_type(gradients: Sequence[Tensor | None]) -> str:
