@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.common import DEVICE
 from tests.trainers.problem import (
     BATCHES,
     Feature,
+    Objective,
     Result,
-    losses_of,
     make_loader,
     make_model,
     make_optimizer,
+    own_rank,
     result_of,
 )
 
@@ -21,10 +23,13 @@ def train(balancer: str, feature: Feature, batches: Sequence[int] = BATCHES) -> 
     model = make_model(balancer)
     optimizer = make_optimizer(model)
     scaler = torch.amp.GradScaler(DEVICE.type, feature.init_scale or 1.0, enabled=feature.init_scale is not None)
-    for number, batch in enumerate(make_loader(batches), start=1):
-        x, *labels = (column.to(DEVICE) for column in batch)
+    objective = Objective(model)
+    if feature.processes > 1:
+        torch.distributed.init_process_group("gloo")
+        objective = DistributedDataParallel(objective, find_unused_parameters=True)  # a task may be absent
+    for number, batch in enumerate(make_loader(batches, feature.processes, own_rank(feature)), start=1):
         with torch.autocast(DEVICE.type, feature.autocast, enabled=feature.autocast is not None):
-            total = model.scalarize(losses_of(model(x), labels))
+            total = objective(*(column.to(DEVICE) for column in batch))["loss"]
         scaler.scale(total / feature.accumulate).backward()
         if number % feature.accumulate:
             continue

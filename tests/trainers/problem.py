@@ -1,5 +1,6 @@
 """What every trainer trains here: one small model, six batches, and the features of a training."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -108,11 +109,20 @@ def make_batch(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, kind, size, age
 
 
-def make_loader(numbers: Sequence[int], rank: int = 0, processes: int = 1) -> DataLoader:
-    """The batches in their order; of several processes each gets as many rows of every batch."""
+def make_loader(numbers: Sequence[int], processes: int = 1, rank: int | None = None) -> DataLoader:
+    """The batches in their order; of several processes each gets as many rows of every batch.
+
+    Without a rank it is the loader of all, for trainers that share its batches out to the processes in turn.
+    """
     share = ROWS // processes
-    parts = [[column[rank * share : (rank + 1) * share] for column in make_batch(number)] for number in numbers]
+    rows = slice(None) if rank is None else slice(rank * share, (rank + 1) * share)
+    parts = [[column[rows] for column in make_batch(number)] for number in numbers]
     return DataLoader(TensorDataset(*map(torch.cat, zip(*parts, strict=True))), batch_size=share)
+
+
+def own_rank(feature: Feature) -> int | None:
+    """Which of several processes this is, as torchrun would say; None if there is one."""
+    return int(os.environ["RANK"]) if feature.processes > 1 else None
 
 
 def losses_of(predictions: Mapping[str, Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor | None]:

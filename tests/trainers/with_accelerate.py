@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradScalerKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs
 
 from tests.common import DEVICE
 from tests.trainers.problem import (
@@ -23,7 +23,8 @@ def train(balancer: str, feature: Feature, batches: Sequence[int] = BATCHES) -> 
     accelerator = make_accelerator(feature)
     model = make_model(balancer)
     optimizer = make_optimizer(model)
-    objective, optimizer, loader = accelerator.prepare(Objective(model), optimizer, make_loader(batches))
+    loader = make_loader(batches, feature.processes)
+    objective, optimizer, loader = accelerator.prepare(Objective(model), optimizer, loader)
     for batch in loader:
         with accelerator.accumulate(objective):
             accelerator.backward(objective(*batch)["loss"])
@@ -36,9 +37,12 @@ def train(balancer: str, feature: Feature, batches: Sequence[int] = BATCHES) -> 
 
 def make_accelerator(feature: Feature) -> Accelerator:
     precision = {None: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[feature.autocast]
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]  # a task may be absent
+    if feature.init_scale is not None:
+        handlers.append(GradScalerKwargs(init_scale=feature.init_scale))
     return Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=feature.accumulate,
         cpu=DEVICE.type == "cpu",
-        kwargs_handlers=[] if feature.init_scale is None else [GradScalerKwargs(init_scale=feature.init_scale)],
+        kwargs_handlers=handlers,
     )

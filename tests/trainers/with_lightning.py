@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import lightning
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
 
 from mtlwrap import MultiTaskModel
 from tests.common import DEVICE
@@ -16,6 +17,7 @@ from tests.trainers.problem import (
     make_loader,
     make_model,
     make_optimizer,
+    own_rank,
     result_of,
 )
 
@@ -38,7 +40,9 @@ def train(balancer: str, feature: Feature, batches: Sequence[int] = BATCHES) -> 
     precision = _precision(feature)
     trainer = lightning.Trainer(
         accelerator=DEVICE.type,
-        devices=1,
+        devices=feature.processes,
+        strategy=_strategy(feature),
+        use_distributed_sampler=False,
         max_epochs=1,
         accumulate_grad_batches=feature.accumulate,
         gradient_clip_val=feature.clip,
@@ -48,7 +52,7 @@ def train(balancer: str, feature: Feature, batches: Sequence[int] = BATCHES) -> 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Module(model), make_loader(batches))
+    trainer.fit(Module(model), make_loader(batches, feature.processes, own_rank(feature)))
     return result_of(model, None if feature.init_scale is None else precision.scaler.get_scale())
 
 
@@ -58,3 +62,9 @@ def _precision(feature: Feature) -> MixedPrecision | None:
     if feature.init_scale is None:
         return MixedPrecision("bf16-mixed", DEVICE.type)
     return MixedPrecision("16-mixed", DEVICE.type, torch.amp.GradScaler(DEVICE.type, feature.init_scale))
+
+
+def _strategy(feature: Feature) -> DDPStrategy | str:
+    if feature.processes == 1:
+        return "auto"
+    return DDPStrategy(process_group_backend="gloo", find_unused_parameters=True)  # a task may be absent

@@ -42,7 +42,7 @@ def make_trainer(balancer: str, feature: Feature, folder: str, batches: Sequence
     return InOrder(
         Objective(model),
         make_arguments(folder, feature),
-        train_dataset=_named(make_loader(batches)),
+        train_dataset=_named(make_loader(batches, feature.processes)),
         optimizers=(make_optimizer(model), None),
     )
 
@@ -56,6 +56,7 @@ def make_arguments(folder: str, feature: Feature) -> TrainingArguments:
         fp16=feature.autocast == torch.float16,
         gradient_accumulation_steps=feature.accumulate,
         max_grad_norm=feature.clip or 0.0,
+        ddp_find_unused_parameters=True,  # a task may be absent
         use_cpu=DEVICE.type == "cpu",
         save_strategy="no",
         logging_strategy="no",
