@@ -63,9 +63,16 @@ FEATURES = {
 
 @dataclass
 class Result:
-    """What a training leaves: the model's state, by name, and the loss scale if there is a scaler."""
+    """What a training leaves.
+
+    Attributes:
+        state: the model's, by name: backbone, heads and balancer.
+        weights: ``model.task_weights`` of the last batch; None before there was one.
+        scale: the loss scale, if there is a scaler.
+    """
 
     state: dict[str, Tensor]
+    weights: Tensor | None
     scale: float | None = None
 
 
@@ -145,4 +152,5 @@ def result_of(model: MultiTaskModel, scale: float | None = None) -> Result:
     if isinstance(model.balancer, RotoGrad):
         del state["balancer.rotations.base"], state["balancer.rotations.anchor"]
         state["rotations"] = model.balancer.rotations.matrices().cpu()
-    return Result(state, scale)
+    weights = model.task_weights
+    return Result(state, None if weights is None else weights.cpu(), scale)

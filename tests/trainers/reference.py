@@ -165,6 +165,7 @@ class Reference:
     def __init__(self, balancer: str, feature: Feature) -> None:
         self.dtype = torch.float64 if feature.autocast is None else torch.float32
         self.feature = feature
+        self.task_weights: Tensor | None = None
         model = make_model(balancer).to("cpu", self.dtype)
         self.backbone, self.heads = model.backbone, [model.heads[task] for task in TASKS]
         self.method = METHODS[balancer](features=8)
@@ -198,7 +199,10 @@ class Reference:
             self._add(head, of_head, scale)
             rows.append(of_z.double() / scale)
         stacked = torch.stack(rows)
-        shared = (self.method.weights(stacked, tasks)[:, None, None] * stacked).sum(0)
+        weights = self.method.weights(stacked, tasks)
+        self.task_weights = torch.zeros(len(TASKS), dtype=torch.float64)
+        self.task_weights[tasks] = weights * factors.double()
+        shared = (weights[:, None, None] * stacked).sum(0)
         backbone = list(self.backbone.parameters())
         self._add(backbone, grad(z, backbone, (scale * shared).to(z)), scale)
         own = self.method.own_gradient(scalar, stacked, tasks)
@@ -212,10 +216,11 @@ class Reference:
             parameter.grad = share if parameter.grad is None else parameter.grad + share
 
     def state(self) -> dict[str, Tensor]:
-        """By the names in the model's ``state_dict``."""
+        """By the names in the model's ``state_dict``, and the weights of the last batch."""
         modules = {"backbone": self.backbone} | {f"heads.{task}": h for task, h in zip(TASKS, self.heads, strict=True)}
         found = {f"{name}.{key}": p for name, module in modules.items() for key, p in module.state_dict().items()}
-        return {name: value.detach().clone() for name, value in (found | self.method.state()).items()}
+        found |= self.method.state() | {"task_weights": self.task_weights}
+        return {name: value.detach().clone() for name, value in found.items()}
 
 
 def train(balancer: str, feature: Feature, batches: Sequence[int] = BATCHES) -> dict[str, Tensor]:

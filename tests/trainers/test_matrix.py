@@ -40,21 +40,23 @@ def by_reference(balancer: str, feature: Feature) -> dict[str, Tensor]:
 def assert_same(found: Result, expected: Result) -> None:
     """To the bit."""
     assert_close(found.state, expected.state, rtol=0, atol=0)
+    assert_close(found.weights, expected.weights, rtol=0, atol=0)
     assert found.scale == expected.scale
 
 
-def assert_as_reference(state: dict[str, Tensor], balancer: str, feature: Feature) -> None:
+def assert_as_reference(found: Result, balancer: str, feature: Feature) -> None:
     """In float32 to 1e-6 of a tensor's largest entry; under autocast, one rounding of its type in the update."""
     before = result_of(make_model(balancer)).state
+    values = found.state | {"task_weights": found.weights}
     expected = by_reference(balancer, feature)
-    assert {name.split(".")[0] for name in expected} >= {"backbone", "heads"}
+    assert {name.split(".")[0] for name in expected} >= {"backbone", "heads", "task_weights"}
     for name, value in expected.items():
-        error = state[name].double() - value.double()
+        error = values[name].double() - value.double()
         if feature.autocast is None:
             assert error.abs().max() <= 1e-6 * value.abs().max(), name
         else:
-            start = before[name].double()
-            assert error.norm() <= torch.finfo(feature.autocast).eps * (value - start).norm(), name
+            update = value.double() - before.get(name, torch.zeros_like(value)).double()
+            assert error.norm() <= torch.finfo(feature.autocast).eps * update.norm(), name
 
 
 @pytest.mark.parametrize("balancer", BALANCERS)
@@ -62,7 +64,7 @@ def assert_as_reference(state: dict[str, Tensor], balancer: str, feature: Featur
 def test_cell(trainer: str, feature: str, balancer: str) -> None:
     asked = FEATURES[feature]
     found = TRAINERS[trainer](balancer, asked)
-    assert_as_reference(found.state, balancer, asked)
+    assert_as_reference(found, balancer, asked)
     assert_same(found, by_plain_loop(balancer, asked))
     assert found.scale == asked.init_scale  # that there was a scaler, and that no step was skipped
 
@@ -79,14 +81,14 @@ def test_features_differ(balancer: str) -> None:
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_features_together(trainer: str) -> None:
     found = TRAINERS[trainer]("IMTL", TOGETHER)
-    assert_as_reference(found.state, "IMTL", TOGETHER)
+    assert_as_reference(found, "IMTL", TOGETHER)
     assert_same(found, by_plain_loop("IMTL", TOGETHER))
 
 
 @pytest.mark.parametrize(("trainer", "feature"), SCALED)
 def test_all_with_a_scaler(trainer: str, feature: str) -> None:
     found = TRAINERS[trainer]("IMTL", EVERYTHING)
-    assert_as_reference(found.state, "IMTL", EVERYTHING)
+    assert_as_reference(found, "IMTL", EVERYTHING)
     assert_same(found, by_plain_loop("IMTL", EVERYTHING))
 
 
@@ -99,7 +101,7 @@ def test_a_step_that_overflows_is_skipped(trainer: str, feature: str, balancer: 
     assert_close(after.state, before.state, rtol=0, atol=0)
     assert (before.scale, after.scale) == (asked.init_scale, asked.init_scale / 2)
     spoiled = train(balancer, asked, (*BATCHES[:2], BAD, *BATCHES[2:]))
-    assert_as_reference(spoiled.state, balancer, asked)
+    assert_as_reference(spoiled, balancer, asked)
     assert spoiled.scale == asked.init_scale / 2
 
 
