@@ -5,14 +5,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from accelerate import Accelerator
 
 from tests.common import DEVICE
-from tests.trainers import plain, with_accelerate, with_ignite, with_lightning, with_transformers
-from tests.trainers.problem import FEATURES, Feature, Result
+from tests.trainers import plain, processes, with_accelerate, with_ignite, with_lightning, with_transformers
+from tests.trainers.problem import BATCHES, FEATURES, Feature, Result
 
 
 class Train(Protocol):
+    """What a file of a trainer has; in one of several processes it is called in each."""
+
     def __call__(self, balancer: str, feature: Feature, batches: Sequence[int] = ...) -> Result: ...
 
 
@@ -23,6 +26,22 @@ TRAINERS: dict[str, Train] = {
     "Hugging Face Trainer": with_transformers.train,
     "ignite": with_ignite.train,
 }
+
+
+def train(trainer: str, balancer: str, feature: Feature, batches: Sequence[int] = BATCHES) -> Result:
+    """The result of a training, in as many processes as the feature says; they must agree.
+
+    Raises:
+        ValueError: the processes came to different results.
+    """
+    if feature.processes == 1:
+        return TRAINERS[trainer](balancer, feature, batches)
+    first, *others = processes.train(trainer, balancer, feature, batches)
+    for other in others:
+        different = [name for name, value in first.state.items() if not torch.equal(value, other.state[name])]
+        if different:
+            raise ValueError(f"{trainer}: the processes differ in {', '.join(different)}.")
+    return first
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,9 @@ class Feature:
     processes: int = 1
 
 
+# Not a column of the table yet: gradient balancers decide in each process by itself. It becomes one by an entry below.
+DDP = Feature(processes=2)
+
 FEATURES = {
     "fp32": Feature(),
     "bf16": Feature(autocast=torch.bfloat16),

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.common import DEVICE
-from tests.trainers import plain, reference
-from tests.trainers.matrix import IMPOSSIBLE, TRAINERS, is_possible
-from tests.trainers.problem import BAD, BALANCERS, BATCHES, FEATURES, Feature, Result, make_model, result_of
+from tests.trainers import reference
+from tests.trainers.matrix import IMPOSSIBLE, TRAINERS, is_possible, train
+from tests.trainers.problem import BAD, BALANCERS, BATCHES, DDP, FEATURES, Feature, Result, make_model, result_of
 
+PLAIN = "plain loop"
 HALF = "fp16 + scaler"
 CELLS = [(trainer, feature) for trainer in TRAINERS for feature in FEATURES if is_possible(trainer, feature)]
 SCALED = [(trainer, feature) for trainer, feature in CELLS if feature == HALF]
@@ -29,7 +30,7 @@ pytestmark = [
 
 @cache
 def by_plain_loop(balancer: str, feature: Feature) -> Result:
-    return plain.train(balancer, feature)
+    return train(PLAIN, balancer, feature)
 
 
 @cache
@@ -63,7 +64,7 @@ def assert_as_reference(found: Result, balancer: str, feature: Feature) -> None:
 @pytest.mark.parametrize(("trainer", "feature"), CELLS)
 def test_cell(trainer: str, feature: str, balancer: str) -> None:
     asked = FEATURES[feature]
-    found = TRAINERS[trainer](balancer, asked)
+    found = train(trainer, balancer, asked)
     assert_as_reference(found, balancer, asked)
     assert_same(found, by_plain_loop(balancer, asked))
     assert found.scale == asked.init_scale  # that there was a scaler, and that no step was skipped
@@ -80,14 +81,14 @@ def test_features_differ(balancer: str) -> None:
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_features_together(trainer: str) -> None:
-    found = TRAINERS[trainer]("IMTL", TOGETHER)
+    found = train(trainer, "IMTL", TOGETHER)
     assert_as_reference(found, "IMTL", TOGETHER)
     assert_same(found, by_plain_loop("IMTL", TOGETHER))
 
 
 @pytest.mark.parametrize(("trainer", "feature"), SCALED)
 def test_all_with_a_scaler(trainer: str, feature: str) -> None:
-    found = TRAINERS[trainer]("IMTL", EVERYTHING)
+    found = train(trainer, "IMTL", EVERYTHING)
     assert_as_reference(found, "IMTL", EVERYTHING)
     assert_same(found, by_plain_loop("IMTL", EVERYTHING))
 
@@ -96,11 +97,11 @@ def test_all_with_a_scaler(trainer: str, feature: str) -> None:
 @pytest.mark.parametrize(("trainer", "feature"), SCALED)
 def test_a_step_that_overflows_is_skipped(trainer: str, feature: str, balancer: str) -> None:
     """Nothing moves but the scale, which is halved; what comes after is as if the batch had not been there."""
-    train, asked = TRAINERS[trainer], FEATURES[feature]
-    before, after = train(balancer, asked, (0, 1)), train(balancer, asked, (0, 1, BAD))
+    asked = FEATURES[feature]
+    before, after = train(trainer, balancer, asked, (0, 1)), train(trainer, balancer, asked, (0, 1, BAD))
     assert_close(after.state, before.state, rtol=0, atol=0)
     assert (before.scale, after.scale) == (asked.init_scale, asked.init_scale / 2)
-    spoiled = train(balancer, asked, (*BATCHES[:2], BAD, *BATCHES[2:]))
+    spoiled = train(trainer, balancer, asked, (*BATCHES[:2], BAD, *BATCHES[2:]))
     assert_as_reference(spoiled, balancer, asked)
     assert spoiled.scale == asked.init_scale / 2
 
@@ -109,9 +110,9 @@ def test_a_step_that_overflows_is_skipped(trainer: str, feature: str, balancer: 
 @pytest.mark.parametrize(("trainer", "feature"), SCALED)
 def test_a_first_step_that_overflows_leaves_no_trace(trainer: str, feature: str, balancer: str) -> None:
     """To the bit the same as without it, at the scale that it leaves: another one rounds otherwise near zero."""
-    train, asked = TRAINERS[trainer], FEATURES[feature]
-    spoiled = train(balancer, asked, (BAD, *BATCHES))
-    assert_same(spoiled, train(balancer, replace(asked, init_scale=asked.init_scale / 2), BATCHES))
+    asked = FEATURES[feature]
+    spoiled = train(trainer, balancer, asked, (BAD, *BATCHES))
+    assert_same(spoiled, train(trainer, balancer, replace(asked, init_scale=asked.init_scale / 2), BATCHES))
 
 
 @pytest.mark.parametrize(("trainer", "feature"), IMPOSSIBLE)
@@ -120,3 +121,16 @@ def test_an_impossible_cell_still_is(trainer: str, feature: str) -> None:
     if refusal.device != DEVICE.type:
         pytest.skip(f"impossible on a {refusal.device} only, and tested above")
     assert refusal.holds()
+
+
+# Not ExcessMTL, for what it has summed up is of each process's own rows as long as each decides by itself.
+@pytest.mark.parametrize("balancer", [balancer for balancer in BALANCERS if balancer != "ExcessMTL"])
+@pytest.mark.parametrize("trainer", [trainer for trainer in TRAINERS if trainer != PLAIN])
+def test_processes_train_as_those_of_the_plain_loop(trainer: str, balancer: str) -> None:
+    """And all of them alike."""
+    assert_same(train(trainer, balancer, DDP), by_plain_loop(balancer, DDP))
+
+
+@pytest.mark.parametrize("balancer", ["UW"])
+def test_processes_train_as_one_with_all_rows(balancer: str) -> None:
+    assert_as_reference(by_plain_loop(balancer, DDP), balancer, DDP)
