@@ -17,12 +17,12 @@ ROWS = 8
 # The batches in their order, and one whose gradients overflow float16 though its loss is finite.
 BATCHES = (0, 1, 2, 3, 4, 5)
 BAD = -1
-LR, BALANCER_LR, MOMENTUM = 0.05, 0.02, 0.9
-# Of the balancers.
-INIT = [0.25, -0.5, 0.125]
-STEP_SIZE = 0.5
 # In these no row has an age: the task is absent.
 WITHOUT_AGE = (1, 4)
+LR, BALANCER_LR, MOMENTUM = 0.05, 0.02, 0.9
+# Of the balancers: the first log-scales, and ExcessMTL's step size.
+INIT = [0.25, -0.5, 0.125]
+STEP_SIZE = 0.5
 
 BALANCERS = {
     "IMTL": lambda: IMTL(init=INIT),
@@ -94,8 +94,8 @@ def make_model(balancer: str) -> MultiTaskModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         backbone = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.Tanh())
-        heads = {"kind": nn.Linear(8, 3), "size": nn.Linear(8, 1), "age": nn.Sequential(nn.Linear(8, 4), nn.Tanh())}
-        heads["age"].append(nn.Linear(4, 2))
+        age = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))
+        heads = {"kind": nn.Linear(8, 3), "size": nn.Linear(8, 1), "age": age}
         return MultiTaskModel(backbone, heads, BALANCERS[balancer]()).to(DEVICE)
 
 

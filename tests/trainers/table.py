@@ -6,6 +6,7 @@ python -m tests.trainers.table
 import sys
 from collections import defaultdict
 from collections.abc import Generator, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -35,7 +36,9 @@ class Outcomes:
 def measured() -> dict[Cell, bool]:
     """The cells that the tests have gone through, and whether they passed."""
     outcomes = Outcomes()
-    pytest.main(["-q", "-p", "no:cacheprovider", str(Path(__file__).with_name("test_matrix.py"))], plugins=[outcomes])
+    tests = Path(__file__).with_name("test_matrix.py")
+    with redirect_stdout(sys.stderr):
+        pytest.main(["-q", "-p", "no:cacheprovider", str(tests)], plugins=[outcomes])
     return dict(outcomes.passed)
 
 
