@@ -119,10 +119,15 @@ class ForkState:
         if self.exact is not None:
             return self._balance_exactly(self.exact, counted, gradients, running)
         weights = decided_weights(self.balancer, gradients)
-        shared = shared_gradient(self.balancer, gradients, weights)
         own = self._own(gradients, running.scale)
+        if self.balancer.sees_gradients:
+            shared = where_read(shared_gradient(self.balancer, gradients, weights), parts)
+        else:  # as autograd adds up half-precision gradients in the steps in which nobody looks at them
+            shared = [
+                plain_sum(some if _any(some) else _zeros(part)) for some, part in zip(counted, parts, strict=True)
+            ]
         self._report(weights, gradients)
-        return [*where_read(shared, parts), *own]
+        return [*shared, *own]
 
     def _balance_exactly(
         self, exact: Exact, parts: list[list[Tensor | None]], on_z: TaskGradients, running: Pass
@@ -247,8 +252,7 @@ def needed(weights: Tensor | None, balancer: Balancer, what: str) -> Tensor:
 
 def where_read(shared: Sequence[Tensor], parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
     """The gradient of each tensor of the representation, nothing for one that no task reads."""
-    read = [any(gradient is not None for gradient in part) for part in parts]
-    return [gradient if r else None for gradient, r in zip(shared, read, strict=True)]
+    return [gradient if _any(part) else None for gradient, part in zip(shared, parts, strict=True)]
 
 
 class ForkNode(torch.autograd.Function):
@@ -353,6 +357,14 @@ def vector_of(losses: Sequence[Tensor]) -> Tensor:
     for loss in losses:
         wide = torch.promote_types(wide, loss.dtype)
     return torch.stack([loss.detach().to(device=losses[0].device, dtype=wide) for loss in losses])
+
+
+def _any(part: Sequence[Tensor | None]) -> bool:
+    return any(gradient is not None for gradient in part)
+
+
+def _zeros(part: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if gradient is None else torch.zeros_like(gradient) for gradient in part]
 
 
 def _device_type(gradients: Sequence[Tensor | None]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtlwrap.gradients import TaskGradients
+from mtlwrap.gradients import TaskGradients, plain
 from mtlwrap.processes import Ranks
 
 
@@ -94,8 +94,8 @@ class Pass:
         self.decision: Decision | None = None
 
     def arrived(self, parts: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
-        """The gradients that count: what arrives of a task that takes no part here does not."""
-        return [[g if here else None for g, here in zip(part, self.order.here, strict=True)] for part in parts]
+        """The gradients that count, dense: what arrives of a task that takes no part here does not."""
+        return [[plain(g) if here else None for g, here in zip(part, self.order.here, strict=True)] for part in parts]
 
     def task_gradients(
         self, parts: Sequence[Sequence[Tensor | None]], *, has_batch: bool = True, of_all: bool = False

@@ -5,6 +5,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from mtlwrap.surroundings import without_autocast
+
 # Of a step of the angles, as a vector.
 _LONGEST = 1e3
 
@@ -56,7 +58,11 @@ class Rotations(nn.Module):
 
     @torch.no_grad()
     def matrices(self) -> Tensor:
-        """The rotations, ``[T, m, m]``."""
+        """The rotations, ``[T, m, m]``; autocast, which a forward runs under, would make them rotations no more."""
+        with without_autocast(self.base.device.type):
+            return self._turned()
+
+    def _turned(self) -> Tensor:
         delta = self.angles.to(self.base.dtype) - self.anchor
         # A step that long is none, and would not leave a rotation.
         delta = delta * (_LONGEST / delta.norm(dim=1, keepdim=True).clamp(min=_LONGEST))

@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -91,6 +92,26 @@ def test_training_is_bit_equal_with_and_without(name: str) -> None:
         for seed in range(3):
             (cached()(step) if scoped else step)(seed)
         results.append((dict(model.state_dict()), model.task_weights))
+    assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", BALANCERS)
+def test_training_under_autocast_is_bit_equal_with_and_without(name: str, dtype: torch.dtype) -> None:
+    """Half-precision gradients of a plain sum are added up alike, whether or not anyone looks at them."""
+    results = []
+    for scoped in (False, True):
+        model = make_model(BALANCERS[name](), torch.float32)
+        optimizer = torch.optim.SGD(model.param_groups(lr=0.01), lr=0.01)
+        for seed in range(3):
+            optimizer.zero_grad()
+            with cached() if scoped else nullcontext(), torch.autocast(DEVICE.type, dtype):
+                predictions = model(make_input(seed, dtype=torch.float32))
+                total = model.scalarize(make_losses({task: p.float() for task, p in predictions.items()}))
+                with torch.autocast(DEVICE.type, enabled=False):
+                    total.backward()
+            optimizer.step()
+        results.append(dict(model.state_dict()))
     assert_close(results[0], results[1], rtol=0, atol=0)
 
 

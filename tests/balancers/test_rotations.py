@@ -548,6 +548,22 @@ def test_under_autocast() -> None:
     assert model.balancer.rotations.angles.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_reach_the_rotations(dtype: torch.dtype) -> None:
+    """A forward under autocast takes the optimizer's step in full precision, and they stay rotations."""
+    found, expected = Rotations(2, 8).to(DEVICE), Rotations(2, 8).to(DEVICE)
+    for step in range(20):
+        with torch.no_grad():
+            turn = 0.01 * normal(2, 28, gen=generator(step)).to(DEVICE, torch.float32)
+            found.angles.add_(turn)
+            expected.angles.add_(turn)
+        with torch.autocast(DEVICE.type, dtype=dtype):
+            found.settle()
+        expected.settle()
+    assert_close(found.base, expected.base, **EXACT)
+    assert (found.base.mT @ found.base - torch.eye(8, device=DEVICE)).abs().max() < 1e-5
+
+
 # --------------------------------------------------------------------------------------------------------- arguments
 
 
