@@ -9,6 +9,20 @@ What to save with ignite's ``Checkpoint``: the trainer, the model, which has the
 checkpoint may fall between two steps of the optimizer. The training then continues to the bit.
 """
 
+from mtlwrap.ignite.accumulated import AccumulatedGradients
+from mtlwrap.ignite.csv_logger import CSVLogger
+from mtlwrap.ignite.delta_m import DeltaM, delta_m
+from mtlwrap.ignite.evaluator import create_multitask_evaluator
+from mtlwrap.ignite.statistics import BalancerStatistics
 from mtlwrap.ignite.trainer import MultitaskEvents, create_multitask_trainer
 
-__all__ = ["MultitaskEvents", "create_multitask_trainer"]
+__all__ = [
+    "AccumulatedGradients",
+    "BalancerStatistics",
+    "CSVLogger",
+    "DeltaM",
+    "MultitaskEvents",
+    "create_multitask_evaluator",
+    "create_multitask_trainer",
+    "delta_m",
+]

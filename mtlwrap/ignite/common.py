@@ -1,6 +1,7 @@
 """What trainer and evaluator have in common: models that are wrapped, batches, mixed precision."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -71,9 +72,11 @@ def labelled_rows(masking: Masking, batch: Any, targets: Any, prepare: Any) -> t
     return moved, masking.rows(seen)
 
 
-def autocast(amp_mode: str | None, device: str | torch.device | None, model: MultiTaskModel) -> torch.autocast:
-    """Mixed precision if it is asked for, with the type of the device."""
-    return torch.autocast(device_type(device, model), enabled=amp_mode == "amp")
+def autocast(
+    amp_mode: str | None, device: str | torch.device | None, model: MultiTaskModel
+) -> AbstractContextManager[object]:
+    """Mixed precision if it is asked for, for the type of the device; else what surrounds the training."""
+    return torch.autocast(device_type(device, model)) if amp_mode == "amp" else nullcontext()
 
 
 def device_type(device: str | torch.device | None, model: MultiTaskModel) -> str:

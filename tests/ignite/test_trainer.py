@@ -49,8 +49,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", BALANCERS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, options) for name in BALANCERS for options in ("plain", "all")]
+    + [(name, options) for name in ("imtl", "rotograd") for options in ("accumulation", "amp")],
+)
 def test_same_parameters_as_the_loop_written_by_hand(name: str, options: str) -> None:
     chosen = OPTIONS[options]
     model, optimizer = make_training(name)
@@ -232,3 +235,10 @@ def test_a_compiled_model_is_unwrapped() -> None:
     model = make_model(EqualWeighting(), torch.float32)
     compiled = torch.compile(model, backend="eager")
     create_multitask_trainer(compiled, torch.optim.SGD(model.parameters(), lr=0.1), LOSSES).run([make_batch(1)])
+
+
+def test_without_a_mode_an_autocast_around_the_training_counts() -> None:
+    model, optimizer = make_training("equal")
+    trainer = trainer_on_steps(model, optimizer, output_transform=lambda x, y, predictions, losses: predictions)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        assert trainer.run(epoch_length=1).output["b"].dtype == torch.bfloat16
