@@ -6,7 +6,8 @@ writes that, or any metric, to a file; :class:`DeltaM` compares with single-task
 
 What to save with ignite's ``Checkpoint``: the trainer, the model, which has the balancer in it, the optimizer,
 ``trainer.state.scaler`` if there is one, and :class:`AccumulatedGradients` if gradients are accumulated and the
-checkpoint may fall between two steps of the optimizer. The training then continues to the bit.
+checkpoint may fall between two steps of the optimizer. The training then continues to the bit, given the same batches;
+in mixed precision with a balancer of losses, its first step may be rounded otherwise.
 """
 
 from mtlwrap.ignite.accumulated import AccumulatedGradients

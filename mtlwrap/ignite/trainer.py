@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from ignite.engine import DeterministicEngine, Engine, EventEnum
+from ignite.engine import Engine, EventEnum
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,7 +64,6 @@ def create_multitask_trainer(
     non_blocking: bool = False,
     prepare_batch: Callable[..., tuple[Any, Any]] = prepare_batch,
     output_transform: Callable[[Any, Any, Any, dict[str, Tensor]], Any] = _losses_alone,
-    deterministic: bool = False,
     amp_mode: str | None = None,
     scaler: "bool | torch.amp.GradScaler" = False,
     gradient_accumulation_steps: int = 1,
@@ -95,7 +94,8 @@ def create_multitask_trainer(
 
     Args:
         model: a :class:`~mtlwrap.MultiTaskModel`, or one in ``DistributedDataParallel``. There, tasks that have no
-            label in some batch of some process need ``find_unused_parameters=True``.
+            label in some batch of some process need ``find_unused_parameters=True``. A process without any label then
+            runs the first task's head alone, and sends zeros.
         optimizer: best over ``model.param_groups(...)``, so that the balancer learns too.
         losses: a callable ``(prediction, target) -> 0-dim tensor`` for each task, in order or by task name.
         device: where batches are moved to; the model is left where it is.
@@ -107,8 +107,6 @@ def create_multitask_trainer(
             dict of detached 0-dim tensors by task name, of the tasks that took part: what ``ProgressBar`` takes with
             ``output_transform=dict``, and ``RunningAverage`` with ``lambda losses: losses["kind"]`` for a task that is
             in every batch. For one that is not, :class:`BalancerStatistics` averages the loss over its steps.
-        deterministic: whether the engine is ignite's ``DeterministicEngine``, which resumes within an epoch at the
-            batch where it was stopped.
         amp_mode: ``"amp"`` runs forward and losses under ``torch.autocast``, for the type of the device.
         scaler: a ``torch.amp.GradScaler``, or True for a new one; only with ``amp_mode="amp"``. It is
             ``trainer.state.scaler``, to be saved.
@@ -153,7 +151,7 @@ def create_multitask_trainer(
         model_fn,
         ignore_index,
     )
-    trainer: Engine = DeterministicEngine(step.update) if deterministic else Engine(step.update)
+    trainer = Engine(step.update)
     # Counted by iterations, so that it can be filtered, and resumed, as ITERATION_COMPLETED is.
     trainer.register_events(*MultitaskEvents, event_to_attr={MultitaskEvents.BACKWARD_COMPLETED: "iteration"})
     if step.scaler is not None:
@@ -214,7 +212,7 @@ class _Step:
 
     def _predict(self, x: Any, rows: Sequence[Rows]) -> Any:
         labelled = [task for task, row in enumerate(rows) if row.present]
-        if not isinstance(self.model, DistributedDataParallel) or len(labelled) in (0, len(rows)):
+        if not isinstance(self.model, DistributedDataParallel) or len(labelled) == len(rows):
             return self.model_fn(self.model, x)
         if not self.model.find_unused_parameters:
             absent = ", ".join(repr(name) for name, row in zip(self.inner.tasks, rows, strict=True) if not row.present)
@@ -223,8 +221,9 @@ class _Step:
                 "heads' gradients. Wrap the model with DistributedDataParallel(..., find_unused_parameters=True), or "
                 "idist.auto_model(..., find_unused_parameters=True)."
             )
-        # DDP waits for every head that ran; one that has no label in any process keeps its gradient of None this way.
-        return self.model_fn(partial(self.model, tasks=labelled), x)
+        # DDP waits for every head that ran. One that ran nowhere keeps its gradient of None, as in a single process;
+        # but something must run, or the others wait in vain.
+        return self.model_fn(partial(self.model, tasks=labelled or [0]), x)
 
     def _losses(self, predictions: Sequence[Any], targets: Sequence[Any], rows: Sequence[Rows]) -> list[Tensor | None]:
         losses: list[Tensor | None] = []
@@ -254,7 +253,7 @@ def _zero(predictions: Any) -> Tensor:
     values = predictions.values() if isinstance(predictions, Mapping) else predictions
     terms: list[Tensor] = []
     for value in values:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.is_floating_point():
             terms.append(0 * value.float().sum())
         elif isinstance(value, Mapping | list | tuple):
             terms.append(_zero(value))
