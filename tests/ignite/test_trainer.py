@@ -7,7 +7,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from ignite.metrics import RunningAverage
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from mtlwrap import EqualWeighting, MultiTaskModel
@@ -20,9 +20,13 @@ STEPS = 50
 
 
 def plain_loop(
-    model: MultiTaskModel, optimizer: torch.optim.Optimizer, accumulation: int, amp: bool, scale: bool
+    model: MultiTaskModel,
+    optimizer: torch.optim.Optimizer,
+    accumulation: int = 1,
+    amp: bool = False,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> list[dict[str, float]]:
-    scaler = torch.amp.GradScaler(DEVICE.type, enabled=scale)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=False) if scaler is None else scaler
     history = []
     for step in range(1, STEPS + 1):
         x, targets = make_batch(step)
@@ -41,11 +45,26 @@ def plain_loop(
     return history
 
 
+def make_scaler() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler(DEVICE.type, init_scale=2.0**10, growth_interval=1000)
+
+
+def overflow_once(model: MultiTaskModel) -> None:
+    """One gradient that is not finite, for which a scaler skips the step."""
+    gradients: list[Tensor] = []
+
+    def spoil(gradient: Tensor) -> Tensor:
+        gradients.append(gradient)
+        return gradient * torch.inf if len(gradients) == 8 else gradient
+
+    model.backbone[0].weight.register_hook(spoil)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 4},
     "amp": {"amp_mode": "amp"},
-    "all": {"amp_mode": "amp", "scaler": True, "gradient_accumulation_steps": 3},
+    "all": {"amp_mode": "amp", "scaler": make_scaler, "gradient_accumulation_steps": 3},
 }
 
 
@@ -55,7 +74,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     + [(name, options) for name in ("imtl", "rotograd") for options in ("accumulation", "amp")],
 )
 def test_same_parameters_as_the_loop_written_by_hand(name: str, options: str) -> None:
-    chosen = OPTIONS[options]
+    chosen = {name: option() if callable(option) else option for name, option in OPTIONS[options].items()}
     model, optimizer = make_training(name)
     history = []
     trainer = trainer_on_steps(model, optimizer, **chosen)
@@ -64,13 +83,21 @@ def test_same_parameters_as_the_loop_written_by_hand(name: str, options: str) ->
     def note() -> None:
         history.append({task: loss.item() for task, loss in trainer.state.output.items()})
 
+    if "scaler" in chosen:
+        overflow_once(model)
     trainer.run(epoch_length=STEPS // 2, max_epochs=2)
     expected, optimizer = make_training(name)
+    scaler = None
+    if "scaler" in chosen:
+        scaler = make_scaler()
+        overflow_once(expected)
     accumulation = chosen.get("gradient_accumulation_steps", 1)
-    by_hand = plain_loop(expected, optimizer, accumulation, "amp_mode" in chosen, "scaler" in chosen)
+    by_hand = plain_loop(expected, optimizer, accumulation, "amp_mode" in chosen, scaler)
     assert_close(model.state_dict(), expected.state_dict(), **EXACT)
     assert history == by_hand
     assert {} in history  # a batch without any label
+    if scaler is not None:
+        assert trainer.state.scaler.get_scale() == scaler.get_scale() == 2.0**9
     fresh = make_training(name)[0].state_dict()
     assert not torch.equal(model.state_dict()["backbone.0.weight"], fresh["backbone.0.weight"])
 
@@ -90,7 +117,7 @@ def test_handlers_that_ask_change_nothing(name: str) -> None:
 
     trainer.run(epoch_length=STEPS, max_epochs=1)
     expected, optimizer = make_training(name)
-    plain_loop(expected, optimizer, 1, False, False)
+    plain_loop(expected, optimizer)
     assert_close(model.state_dict(), expected.state_dict(), **EXACT)
     assert [iteration for iteration, _ in asked] == list(range(2, STEPS + 1, 2))
     assert [iteration for iteration, norms in asked if norms is None] == [20]
