@@ -70,8 +70,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [(name, options) for name in BALANCERS for options in ("plain", "all")]
-    + [(name, options) for name in ("imtl", "rotograd") for options in ("accumulation", "amp")],
+    [(name, "all") for name in BALANCERS]
+    + [(name, options) for name in ("uw", "imtl", "rotograd", "famo") for options in ("plain", "accumulation", "amp")],
 )
 def test_same_parameters_as_the_loop_written_by_hand(name: str, options: str) -> None:
     chosen = {name: option() if callable(option) else option for name, option in OPTIONS[options].items()}
