@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from ignite.engine import Engine, EventEnum
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mtlwrap.ignite.common import (
     autocast,
@@ -93,9 +92,10 @@ def create_multitask_trainer(
       that moves them, the host waits once per batch, for all tasks together.
 
     Args:
-        model: a :class:`~mtlwrap.MultiTaskModel`, or one in ``DistributedDataParallel``. There, tasks that have no
-            label in some batch of some process need ``find_unused_parameters=True``. A process without any label then
-            runs the first task's head alone, and sends zeros.
+        model: a :class:`~mtlwrap.MultiTaskModel`, or one in ``DistributedDataParallel``. Tasks may have no label in
+            the batches of some processes, and a process may have none at all: a task takes part if it has a label in
+            one of them. With ``find_unused_parameters=True`` the head of a task that has none in any of them keeps its
+            gradient of None, as in a single process; else ``DistributedDataParallel`` gives it one of zeros.
         optimizer: best over ``model.param_groups(...)``, so that the balancer learns too.
         losses: a callable ``(prediction, target) -> 0-dim tensor`` for each task, in order or by task name.
         device: where batches are moved to; the model is left where it is.
@@ -198,9 +198,11 @@ class _Step:
         targets, rows = labelled_rows(self.masking, batch, y, self.prepare.func)
         with cached() if _is_asked(engine) else nullcontext():
             with self.autocast():
-                predictions = self._predict(x, rows)
+                predictions = self.model_fn(self.model, x)
                 losses = self._losses(in_order(predictions, self.inner), targets, rows)
-                total = self._total(losses, predictions)
+                total = self.inner.scalarize(losses)
+                if self.accumulation > 1:
+                    total = total / self.accumulation
             (total if self.scaler is None else self.scaler.scale(total)).backward()
             named = zip(self.inner.tasks, losses, strict=True)
             detached = {task: loss.detach() for task, loss in named if loss is not None}
@@ -210,21 +212,6 @@ class _Step:
             self._move()
         return self.output_transform(x, y, predictions, detached)
 
-    def _predict(self, x: Any, rows: Sequence[Rows]) -> Any:
-        labelled = [task for task, row in enumerate(rows) if row.present]
-        if not isinstance(self.model, DistributedDataParallel) or len(labelled) == len(rows):
-            return self.model_fn(self.model, x)
-        if not self.model.find_unused_parameters:
-            absent = ", ".join(repr(name) for name, row in zip(self.inner.tasks, rows, strict=True) if not row.present)
-            raise ValueError(
-                f"No row of this batch has a label of the tasks {absent}: the other processes would wait for their "
-                "heads' gradients. Wrap the model with DistributedDataParallel(..., find_unused_parameters=True), or "
-                "idist.auto_model(..., find_unused_parameters=True)."
-            )
-        # DDP waits for every head that ran. One that ran nowhere keeps its gradient of None, as in a single process;
-        # but something must run, or the others wait in vain.
-        return self.model_fn(partial(self.model, tasks=labelled or [0]), x)
-
     def _losses(self, predictions: Sequence[Any], targets: Sequence[Any], rows: Sequence[Rows]) -> list[Tensor | None]:
         losses: list[Tensor | None] = []
         for task, (prediction, target, row) in enumerate(zip(predictions, targets, rows, strict=True)):
@@ -232,32 +219,12 @@ class _Step:
             losses.append(None if labelled is None else self.losses[task](*labelled))
         return losses
 
-    def _total(self, losses: list[Tensor | None], predictions: Any) -> Tensor:
-        auxiliary = None
-        if isinstance(self.model, DistributedDataParallel) and all(loss is None for loss in losses):
-            # The other processes wait for this one's gradients, which are zeros.
-            auxiliary = _zero(predictions)
-        total = self.inner.scalarize(losses, auxiliary)
-        return total / self.accumulation if self.accumulation > 1 else total
-
     def _move(self) -> None:
         if self.scaler is None:
             self.optimizer.step()
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-
-
-def _zero(predictions: Any) -> Tensor:
-    """A zero, 0-dim, that depends on every prediction."""
-    values = predictions.values() if isinstance(predictions, Mapping) else predictions
-    terms: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            terms.append(0 * value.float().sum())
-        elif isinstance(value, Mapping | list | tuple):
-            terms.append(_zero(value))
-    return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
 def _is_asked(engine: Engine) -> bool:
