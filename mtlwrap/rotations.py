@@ -53,8 +53,9 @@ class Rotations(nn.Module):
     @torch.no_grad()
     def settle(self) -> None:
         """Take the rotations of now as the base for the next step."""
-        # New tensors: graphs of earlier forwards, which may still be run backward, hold the old ones.
-        self.base, self.anchor = self.matrices(), self.angles.detach().to(self.anchor.dtype, copy=True)
+        # In place: a CUDA graph reads and writes where they were when it was captured.
+        self.base.copy_(self.matrices())
+        self.anchor.copy_(self.angles)
 
     @torch.no_grad()
     def matrices(self) -> Tensor:

@@ -176,7 +176,8 @@ def constant(values: tuple[float, ...], like: Tensor) -> Tensor:
     """Options of a balancer as a tensor next to ``like``, in float32 or wider.
 
     Not a buffer: ``half()`` would round it, and ``to_empty()`` would leave it without a value. It is copied to a
-    device once, for a copy in every step would synchronise with the host.
+    device once, for a copy in every step would synchronise with the host: give all of them, and :func:`select` those of
+    the tasks that take part, for each choice of tasks would be one more to copy.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     if torch.compiler.is_compiling() or transforming() or type(like) not in (Tensor, nn.Parameter):

@@ -133,8 +133,7 @@ class FAMO(LossStateBalancer):
     def _bounds(self, losses: Tensor, tasks: Sequence[int] | None) -> Tensor | float:
         if not isinstance(self.min_losses, tuple):
             return self.min_losses
-        chosen = self.min_losses if tasks is None else tuple(self.min_losses[task] for task in tasks)
-        return constant(chosen, losses)
+        return select(constant(self.min_losses, losses), tasks)
 
     def _allocate(self, num_tasks: int) -> None:
         # log_losses [T]: log(L - b) of each task's last step, inf where there was none yet.

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from mtlwrap.balancers.base import LossBalancer, constant
+from mtlwrap.balancers.base import LossBalancer, constant, select
 
 
 class FixedWeights(LossBalancer):
@@ -44,7 +44,7 @@ class FixedWeights(LossBalancer):
         self.weights = tuple(float(weight) for weight in given)
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:  # noqa: D102 - see the base
-        weights = constant(self.weights if tasks is None else tuple(self.weights[task] for task in tasks), losses)
+        weights = select(constant(self.weights, losses), tasks)
         if losses.shape != weights.shape:
             raise ValueError(
                 f"FixedWeights: expected values of shape {tuple(weights.shape)}, got {tuple(losses.shape)}."

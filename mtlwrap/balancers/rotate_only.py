@@ -122,8 +122,9 @@ class RotateOnly(GradientBalancer):
         if self.rotations is None:
             raise ValueError(f"{type(self).__name__} does not know the number of tasks: call bind(num_tasks) first.")
         self._check(tensors[0])
-        # Only right after prepare is the base where the optimizer has taken the rotations.
-        matrices = self.rotations.base if self._settled else self.rotations.matrices()
+        # Only right after prepare is the base where the optimizer has taken the rotations. A copy, for the next step
+        # writes there, perhaps before this one has run backward.
+        matrices = self.rotations.base.clone() if self._settled else self.rotations.matrices()
         self._settled = False
         return [self._rotated(tensor, matrices[task]) for tensor, task in zip(tensors, tasks, strict=True)]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mtlwrap.balancers.base import constant
+from mtlwrap.balancers.base import constant, select
 from mtlwrap.balancers.log_scale import LogScaleBalancer
 
 # likelihood: the factor before the loss, and before the log-variance
@@ -85,9 +85,8 @@ class UW(LogScaleBalancer):
     def _factors_of(self, losses: Tensor, tasks: Sequence[int] | None) -> tuple[Tensor | float, Tensor | float]:
         if len(self._factors) == 1:
             return self._factors[0]
-        chosen = self._factors if tasks is None else [self._factors[task] for task in tasks]
-        loss_factors, penalty_factors = zip(*chosen, strict=True)
-        return constant(loss_factors, losses), constant(penalty_factors, losses)
+        loss_factors, penalty_factors = zip(*self._factors, strict=True)
+        return select(constant(loss_factors, losses), tasks), select(constant(penalty_factors, losses), tasks)
 
     def extra_repr(self) -> str:
         """Shape, likelihood and bound."""
