@@ -24,6 +24,7 @@ class Ranks:
 
     def __init__(self, group: "dist.ProcessGroup") -> None:
         self.size = dist.get_world_size(group)
+        _level(group)
         members = dist.get_process_group_ranks(group)
         backend = str(dist.distributed_c10d.get_backend_config(group))
         self._group = _beside(group, members, backend)
@@ -80,10 +81,13 @@ class Peers:
 
     def __init__(self, process_group: Any = "auto") -> None:
         is_group = dist.is_available() and isinstance(process_group, dist.ProcessGroup)
+        if dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("process_group: expected a group that this process is in, got one of others.")
         if process_group not in ("auto", None) and not is_group:
             raise TypeError(f"process_group: expected 'auto', a ProcessGroup or None, got {process_group!r}.")
         self._setting = process_group
         self.ranks: Ranks | None = None
+        self._met: Any = None  # the group that these stand beside
         self._ddp: weakref.ref[Any] = weakref.ref(self)  # nothing of interest
         self._is_replicated = False
         # Whether each process holds a part of the parameters only; None before a forward.
@@ -109,14 +113,17 @@ class Peers:
         self._is_replicated = self._is_replicated or bool(getattr(model, "_is_replica", False))
         if self.is_sharded is None:
             self.is_sharded = model is not None and _is_sharded(model)
-        if self.ranks is not None or self._setting is None or not is_distributed():
+        if self._setting is None or not is_distributed():
             return
         ddp = _enclosing_ddp()
-        if ddp is not None:
+        is_new = ddp is not None and ddp is not self._ddp()
+        if is_new:
             self._ddp = weakref.ref(ddp)
+        if self.ranks is not None and not (is_new and self._setting == "auto"):
+            return
         group = self._setting if self._setting != "auto" else _group_of(ddp, model)
-        if group is not None and dist.get_world_size(group) > 1:
-            self.ranks = Ranks(group)
+        if group is not None and dist.get_world_size(group) > 1 and group is not self._met:
+            self.ranks, self._met = Ranks(group), group
 
     def check(self) -> None:
         """Refuse a training in which the processes do not make the same steps.
@@ -203,11 +210,24 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 def _meshes(model: nn.Module) -> list[Any]:
-    """The device meshes of sharded parameters, and of fully_shard on the model, whose own are whole by now."""
+    """The device meshes of sharded parameters, and of those that fully_shard has made whole by now."""
     found = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
-    state = getattr(model, "_get_fsdp_state", lambda: None)()
-    groups = getattr(state, "_fsdp_param_groups", [])
+    states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", [])]
     return [*found, *(group.mesh_info.mesh for group in groups)]
+
+
+def _level(group: "dist.ProcessGroup") -> None:
+    """Bring all members to the same number of groups, by groups of one.
+
+    torch names a group that is made by its members alone after that number; under different names they would wait for
+    each other in vain.
+    """
+    own = len(getattr(getattr(dist.distributed_c10d, "_world", None), "pg_names", ()))
+    counts = [own] * dist.get_world_size(group)
+    dist.all_gather_object(counts, own, group=group)
+    for _ in range(own, max(counts)):
+        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
 
 def _beside(group: "dist.ProcessGroup", members: list[int], backend: str) -> "dist.ProcessGroup":

@@ -1,15 +1,13 @@
 """Several processes equal one that minimises the mean over them of their losses, an absent one counting 0."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
-import torch
 
 from mtlwrap import Parameters
 from tests.common import BALANCERS
 from tests.processes.pool import Pool
-from tests.processes.training import UNEVEN, Spec, in_one, in_processes
+from tests.processes.training import UNEVEN, Spec, close, in_one, in_processes
 
 
 def check(pools: dict[int, Pool], size: int, spec: Spec, *, weights: float = 1e-9, gradients: float = 1e-9) -> None:
@@ -17,26 +15,14 @@ def check(pools: dict[int, Pool], size: int, spec: Spec, *, weights: float = 1e-
     for rank, steps in enumerate(pools[size].run(in_processes, spec)):
         for step, (got, wanted) in enumerate(zip(steps, expected, strict=True)):
             where = f"rank {rank}, step {step}"
-            _close(got["total"], wanted["total"], weights, f"{where}: total")
-            _close(got["weights"], wanted["weights"], weights, f"{where}: weights")
+            close(got["total"], wanted["total"], weights, f"{where}: total")
+            close(got["weights"], wanted["weights"], weights, f"{where}: weights")
             for name, value in wanted["state"].items():
-                _close(got["state"][name], value, weights, f"{where}: {name}")
+                close(got["state"][name], value, weights, f"{where}: {name}")
             for name, gradient in wanted["gradients"].items():
-                _close(got["gradients"].get(name), gradient, gradients, f"{where}: {name}")
+                close(got["gradients"].get(name), gradient, gradients, f"{where}: {name}")
             for name in got["gradients"].keys() - wanted["gradients"].keys():
                 assert not got["gradients"][name].any(), f"{where}: {name}"
-
-
-def _close(got: Any, wanted: Any, tolerance: float, what: str) -> None:
-    if not isinstance(wanted, torch.Tensor):
-        assert got == wanted, what
-        return
-    assert got is not None or not wanted.any(), what
-    got = torch.zeros_like(wanted) if got is None else got
-    size = wanted.abs().max().item() if wanted.numel() else 0.0
-    assert torch.allclose(got, wanted.to(got.dtype), rtol=tolerance, atol=tolerance * size, equal_nan=True), (
-        f"{what}: {got} instead of {wanted}"
-    )
 
 
 @pytest.mark.parametrize("balancer", BALANCERS)
@@ -88,7 +74,7 @@ def test_accumulation_without_synchronisation(pools, balancer):
     for rank in range(2):  # in between, gradients are those of the rank alone
         for step in (2, 5):
             for name, gradient in expected[step]["gradients"].items():
-                _close(found[rank][step]["gradients"].get(name), gradient, 1e-9, f"rank {rank}, step {step}: {name}")
+                close(found[rank][step]["gradients"].get(name), gradient, 1e-9, f"rank {rank}, step {step}: {name}")
 
 
 MODES = {

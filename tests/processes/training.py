@@ -62,15 +62,15 @@ def in_processes(rank: int, size: int, spec: Spec) -> list[dict[str, Any]]:
     """Train as one of several processes; what each step left."""
     torch.manual_seed(7)
     model = make(spec)
-    wrapped: Any = _wrapped(model, spec)
+    outer: Any = wrapped(model, spec)
     optimizer = torch.optim.SGD(model.param_groups(lr=0.01, balancer_lr=0.1))
     left = []
     for step in range(spec.steps):
         last = (step + 1) % spec.accumulate == 0
-        with nullcontext() if last or spec.wrap != "ddp" else wrapped.no_sync():
-            total = model.scalarize(_losses(wrapped, spec, step, rank))
+        with nullcontext() if last or spec.wrap != "ddp" else outer.no_sync():
+            total = model.scalarize(losses_of(outer, spec, step, rank))
             (spec.scale * total).backward()
-        left.append(_state(model, total))
+        left.append(state_of(model, total))
         if last:
             _step(optimizer, spec)
     return left
@@ -83,9 +83,9 @@ def in_one(size: int, spec: Spec) -> list[dict[str, Any]]:
     optimizer = torch.optim.SGD(model.param_groups(lr=0.01, balancer_lr=0.1))
     left = []
     for step in range(spec.steps):
-        total = model.scalarize(_mean_losses(model, size, spec, step))
+        total = model.scalarize(mean_losses(model, range(size), spec, step))
         (spec.scale * total).backward()
-        left.append(_state(model, total))
+        left.append(state_of(model, total))
         if (step + 1) % spec.accumulate == 0:
             _step(optimizer, spec)
     return left
@@ -100,7 +100,7 @@ def _step(optimizer: torch.optim.Optimizer, spec: Spec) -> None:
     optimizer.zero_grad()
 
 
-def _wrapped(model: MultiTaskModel, spec: Spec) -> nn.Module:
+def wrapped(model: MultiTaskModel, spec: Spec) -> nn.Module:
     if spec.wrap == "ddp":
         return DistributedDataParallel(model, **spec.ddp)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -116,7 +116,7 @@ def _wrapped(model: MultiTaskModel, spec: Spec) -> nn.Module:
     return model
 
 
-def _losses(model: nn.Module, spec: Spec, step: int, rank: int) -> dict[str, Tensor]:
+def losses_of(model: nn.Module, spec: Spec, step: int, rank: int) -> dict[str, Tensor]:
     present = spec.tasks_of(step, rank)
     if spec.apart:
         predictions = {}
@@ -127,32 +127,46 @@ def _losses(model: nn.Module, spec: Spec, step: int, rank: int) -> dict[str, Ten
     return make_losses({task: predictions[task] for task in present})
 
 
-def _mean_losses(model: MultiTaskModel, size: int, spec: Spec, step: int) -> dict[str, Tensor]:
+def mean_losses(model: nn.Module, ranks: Sequence[int], spec: Spec, step: int) -> dict[str, Tensor]:
+    """The means of the losses of these ranks, an absent one counting 0."""
     predictions = {}
     for task in TASKS if spec.apart else [""]:
-        batches = [spec.batch_of(step, rank, task) for rank in range(size)]
+        batches = [spec.batch_of(step, rank, task) for rank in ranks]
         found = model(torch.cat(batches), tasks=task or None)
         rows = [len(batch) for batch in batches]
         predictions.update({name: prediction.split(rows) for name, prediction in found.items()})
     losses: dict[str, Tensor] = {}
-    for rank in range(size):
+    for index, rank in enumerate(ranks):
         present = spec.tasks_of(step, rank)
-        for task, loss in make_losses({task: predictions[task][rank] for task in present}).items():
-            losses[task] = losses.get(task, 0.0) + loss / size
+        for task, loss in make_losses({task: predictions[task][index] for task in present}).items():
+            losses[task] = losses.get(task, 0.0) + loss / len(ranks)
     return losses
 
 
-def _state(model: MultiTaskModel, total: Tensor) -> dict[str, Any]:
+def state_of(model: MultiTaskModel, total: Tensor) -> dict[str, Any]:
     weights = model.task_weights
     return {
         "total": total.detach(),
         "weights": None if weights is None else weights.clone(),
-        "gradients": {name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None},
-        "state": {name: _whole(b) for name, b in model.balancer.state_dict().items()},
+        "gradients": {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None},
+        "state": {name: whole(b) for name, b in model.balancer.state_dict().items()},
     }
 
 
-def _whole(tensor: Any) -> Any:
+def whole(tensor: Any) -> Any:
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
+
+
+def close(got: Any, wanted: Any, tolerance: float, what: str) -> None:
+    """Refuse a difference of more than ``tolerance`` times the largest number; nothing is as good as zeros."""
+    if not isinstance(wanted, Tensor):
+        assert got == wanted, what
+        return
+    assert got is not None or not wanted.any(), what
+    got = torch.zeros_like(wanted) if got is None else got
+    size = wanted.double().abs().max().item() if wanted.numel() else 0.0
+    assert torch.allclose(got, wanted.to(got.dtype), rtol=tolerance, atol=tolerance * size, equal_nan=True), (
+        f"{what}: {got} instead of {wanted}"
+    )
