@@ -1,0 +1,423 @@
+"""Random scenarios for every balancer, against one autograd.grad per task and formulas; and faults on purpose."""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from mtlwrap import (
+    DWA,
+    FAMO,
+    GLS,
+    IMTL,
+    IMTLG,
+    IMTLL,
+    RLW,
+    UW,
+    Balancer,
+    Compose,
+    EqualWeighting,
+    ExcessMTL,
+    FixedWeights,
+    GradNorm,
+    MultiTaskModel,
+    RotateOnly,
+    RotoGrad,
+    RotoGradNorm,
+)
+from tests.common import BALANCERS, DEVICE
+
+LOGS = [0.25, -0.5, 0.125, 0.0, -0.25, 0.5]
+KINDS = ["regression", "classification", "laplace"]
+
+# As in tests.common.BALANCERS, for n tasks on a representation whose first tensor has m features.
+MAKERS: dict[str, Callable[[int, int], Balancer | None]] = {
+    "none": lambda n, m: None,
+    "equal": lambda n, m: EqualWeighting(),
+    "fixed": lambda n, m: FixedWeights([0.5 + task for task in range(n)]),
+    "uw": lambda n, m: UW(init=LOGS[:n]),
+    "uw-likelihoods": lambda n, m: UW(likelihood=(2 * KINDS)[:n]),
+    "imtl-l": lambda n, m: IMTLL(init=LOGS[:n]),
+    "imtl-g": lambda n, m: IMTLG(),
+    "imtl-g-nonneg": lambda n, m: IMTLG(nonneg=True),
+    "imtl-g-strict": lambda n, m: IMTLG(strict=True),
+    "imtl": lambda n, m: IMTL(init=LOGS[:n]),
+    "imtl-loss": lambda n, m: IMTL(method="loss"),
+    "imtl-gradient": lambda n, m: IMTL(method="gradient"),
+    "excess-mtl": lambda n, m: ExcessMTL(robust_step_size=0.5),
+    "rotate-only": lambda n, m: RotateOnly(m),
+    "rotograd": lambda n, m: RotoGrad(m),
+    "rotograd-norm": lambda n, m: RotoGradNorm(max(1, m - 1), alpha=0.5),
+    "grad-norm": lambda n, m: GradNorm(alpha=0.5),
+    "dwa": lambda n, m: DWA(steps_per_epoch=1),
+    "famo": lambda n, m: FAMO(),
+    "gls": lambda n, m: GLS(),
+    "rlw": lambda n, m: RLW(),
+    "compose": lambda n, m: Compose(loss=UW(init=LOGS[:n]), gradient=IMTLG(nonneg=True)),
+}
+# What a weight may differ by that was computed from gradients of this precision, or from a factor in float32.
+ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-5, torch.bfloat16: 0.03}
+IMPARTIAL = ("imtl-g", "imtl", "imtl-gradient")
+
+
+def test_every_balancer_is_here() -> None:
+    assert MAKERS.keys() == BALANCERS.keys()
+
+
+# ------------------------------------------------------------------------------------------------------- the networks
+
+
+class Trunk(nn.Module):
+    """A backbone that returns a tensor, a tuple, or a dict."""
+
+    def __init__(self, width: int, structure: str) -> None:
+        super().__init__()
+        self.first, self.second, self.structure = nn.Linear(3, width), nn.Linear(3, 2), structure
+
+    def forward(self, x: Tensor) -> Any:
+        first = self.first(x).tanh()
+        if self.structure == "tensor":
+            return first
+        second = self.second(x)
+        return (first, second) if self.structure == "tuple" else {"first": first, "second": second}
+
+
+def tensors_of(z: Any) -> list[Tensor]:
+    return [z] if isinstance(z, Tensor) else list(z.values() if isinstance(z, dict) else z)
+
+
+class Reader(nn.Module):
+    """A head that reads the first tensor of a representation, or all of it."""
+
+    def __init__(self, features: int, outputs: int, reads_all: bool) -> None:
+        super().__init__()
+        self.layer, self.reads_all = nn.Linear(features, outputs), reads_all
+
+    def forward(self, z: Any) -> Tensor:
+        tensors = tensors_of(z)
+        return self.layer(torch.cat(tensors, 1) if self.reads_all else tensors[0])
+
+
+def loss_of(task: int, prediction: Tensor) -> Tensor:
+    p = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+    return (p.square().mean(), (p - 3).abs().mean(), 10 * p.exp().mean())[task % 3]
+
+
+@dataclass
+class Scenario:
+    tasks: int
+    width: int
+    rows: int
+    dtype: torch.dtype
+    named: bool
+    structure: str
+    # For each step and task: "present", "absent" from a dict, "none", or a "constant" that does not require grad.
+    parts: list[list[str]]
+    scale: float
+    accumulate: int
+    seed: int
+    # What a task brought to earlier steps, for formulas that look back.
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    def model(self, name: str) -> MultiTaskModel:
+        torch.random.default_generator.manual_seed(self.seed)
+        width = self.width + (0 if self.structure == "tensor" else 2)
+        reads_all = [bool((self.seed >> task) & 1) for task in range(self.tasks)]
+        heads = [Reader(width if every else self.width, 1 + task % 2, every) for task, every in enumerate(reads_all)]
+        modules = {f"task {task}": head for task, head in enumerate(heads)} if self.named else heads
+        model = MultiTaskModel(Trunk(self.width, self.structure), modules, MAKERS[name](self.tasks, self.width))
+        model.to(device=DEVICE, dtype=self.dtype)
+        with torch.no_grad():
+            model.balancer.prepare(tensors_of(model.backbone(self.batch(0))))
+        return model
+
+    def batch(self, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed + step)
+        return torch.randn(self.rows, 3, generator=generator).to(DEVICE, self.dtype)
+
+
+@st.composite
+def scenarios(draw: Any, steps: int) -> Scenario:
+    tasks = draw(st.integers(1, 6))
+    part = st.sampled_from(["present", "present", "present", "absent", "none", "constant"])
+    return Scenario(
+        tasks,
+        draw(st.integers(1, 5)),
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16])),
+        draw(st.booleans()),
+        draw(st.sampled_from(["tensor", "tuple", "dict"])),
+        draw(st.lists(st.lists(part, min_size=tasks, max_size=tasks), min_size=steps, max_size=steps)),
+        draw(st.sampled_from([1.0, 65536.0, 1 / 3, 1e-4, -2.0])),
+        draw(st.integers(1, 3)),
+        draw(st.integers(0, 10**6)),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- brute force
+
+
+@dataclass
+class Truth:
+    """The losses that take part, without the wrapper: their values, and one autograd.grad for each."""
+
+    present: list[int]
+    losses: Tensor
+    # A row for each: the gradient on the representation as a vector, and summed over the batch.
+    on_z: Tensor
+    sums: Tensor
+    on_shared: list[list[Tensor]]
+    on_head: list[list[Tensor]]
+    # For each, what its gradients on the shared parameters, and on the head's, are sums of, without any cancelling.
+    size_shared: list[Tensor]
+    size_head: list[Tensor]
+
+
+def truth(model: MultiTaskModel, x: Tensor, present: list[int]) -> Truth:
+    shared = list(model.shared_parameters())
+    z = model.backbone(x)
+    tensors = tensors_of(z)
+    found = Truth(present, torch.zeros(0), torch.zeros(0), torch.zeros(0), [], [], [], [])
+    losses, rows, sums = [], [], []
+    for task in present:
+        head, (first, *rest) = model.heads[task], tensors
+        if model.balancer.transforms:
+            rotation = model.balancer.rotations.matrices()[task].detach().to(first.dtype)
+            size = len(rotation)
+            first = torch.cat([first[:, :size] @ rotation.T, first[:, size:]], 1)
+        prediction = head({"first": first, **dict(enumerate(rest))} if rest else first)
+        loss = loss_of(task, prediction)
+        wanted = [prediction, *tensors, *shared, *head.parameters()]
+        gradients = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+        on_prediction, *filled = [
+            torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients, strict=True)
+        ]
+        count = len(tensors)
+        losses.append(loss.detach().double())
+        rows.append(torch.cat([g.flatten() for g in filled[:count]]).double())
+        sums.append(torch.cat([g.double().sum(0) for g in filled[:count]]))
+        found.on_shared.append([g.double() for g in filled[count : count + len(shared)]])
+        found.on_head.append([g.double() for g in filled[count + len(shared) :]])
+        found.size_shared.append(rows[-1].abs().sum() * largest(x))
+        found.size_head.append(on_prediction.double().abs().sum() * max(map(largest, tensors)))
+    found.losses, found.on_z, found.sums = torch.stack(losses), torch.stack(rows), torch.stack(sums)
+    return found
+
+
+def largest(tensor: Tensor) -> Tensor:
+    return tensor.detach().double().abs().max().clamp(min=1.0)
+
+
+def softmax(values: Tensor, present: list[int]) -> Tensor:
+    return values.detach().double()[present].softmax(0)
+
+
+def expected_factors(name: str, balancer: Balancer, seen: Truth, memory: dict[str, Any]) -> Tensor | None:
+    """With what factor each loss enters the total: the formula, from what the balancer had learned before the step."""
+    losses, present = seen.losses, seen.present
+    if name == "fixed":
+        return torch.tensor([0.5 + task for task in present], dtype=torch.float64, device=DEVICE)
+    if name in ("uw", "uw-likelihoods", "compose"):
+        (log_variance,) = balancer.parameters()
+        factors = [1.0 if name == "uw-likelihoods" and task % 3 else 0.5 for task in present]
+        return torch.tensor(factors, device=DEVICE) * (-log_variance.detach().double()[present]).exp()
+    if name in ("imtl-l", "imtl", "imtl-loss"):
+        (log_scale,) = balancer.parameters()
+        return log_scale.detach().double()[present].exp()
+    if name == "grad-norm":
+        return len(present) * softmax(balancer.logits, present)
+    if name == "gls":
+        return losses.log().mean().exp() / (len(present) * losses)
+    if name == "famo":
+        shares = softmax(balancer.logits, present) / (losses + 1e-8)
+        return shares / shares.sum()
+    if name == "dwa":
+        return averaged(losses, present, memory)
+    return None if name == "rlw" else torch.ones_like(losses)
+
+
+def averaged(losses: Tensor, present: list[int], memory: dict[str, Any]) -> Tensor:
+    """Of an epoch of one step: the weights by the last two losses of each task, 1 for one that has not had two."""
+    last = [memory.setdefault(("loss", task), []) for task in present]
+    rates = [kept[-1] / kept[-2] / 2 if len(kept) > 1 else None for kept in last]
+    total = sum(math.exp(rate) for rate in rates if rate is not None)
+    count = sum(rate is not None for rate in rates)
+    for kept, loss in zip(last, losses.tolist(), strict=True):
+        kept.append(loss)
+    return losses.new_tensor([1.0 if rate is None else count * math.exp(rate) / total for rate in rates])
+
+
+def check_alpha(name: str, alpha: Tensor, seen: Truth, factors: Tensor, scenario: Scenario, logits: Tensor | None):
+    """What weighs the gradients of the losses as they entered the total, by formula or by what defines it."""
+    rows = factors[:, None] * seen.on_z
+    norms = rows.norm(dim=1)
+    close = {"rtol": ROUNDING[scenario.dtype], "atol": 1e-6}
+    if name == "rotograd":
+        first = [scenario.memory.setdefault(("norm", t), n) for t, n in zip(seen.present, norms, strict=True)]
+        ratios = norms / torch.stack(first)
+        assert_close(alpha, (ratios * norms).sum() / ratios.sum() / norms, **close)
+    elif name == "rotograd-norm":
+        assert_close(alpha, len(alpha) * softmax(logits, seen.present), **close)
+    elif name == "excess-mtl":
+        assert_close(alpha, excess_weights(seen, scenario), **close)
+    elif name in (*IMPARTIAL, "imtl-g-nonneg", "imtl-g-strict", "compose"):
+        check_impartial(name, alpha, rows, scenario.dtype)
+    else:
+        assert_close(alpha, torch.ones_like(alpha), **close)
+
+
+def check_impartial(name: str, alpha: Tensor, rows: Tensor, dtype: torch.dtype) -> None:
+    usable = rows.norm(dim=1) > 0
+    assert (alpha[~usable] == 0).all()
+    if not usable.any():
+        return
+    weights, units = alpha[usable], torch.nn.functional.normalize(rows[usable], dim=1)
+    along = units @ (weights @ rows[usable])
+    size = (weights.abs() * rows[usable].norm(dim=1)).sum()
+    if name in ("imtl-g-nonneg", "compose"):
+        assert (weights >= 0).all()
+    if name not in IMPARTIAL:
+        # The paper's weights may cancel, and their sum with them.
+        assert abs(weights.sum() - 1) <= min(1e-5, ROUNDING[dtype]) * weights.abs().sum()
+    if dtype == torch.bfloat16 or name == "imtl-g-strict":
+        return  # with eight bits the ridge decides; and the paper's formula has no answer where directions oppose
+    if name in IMPARTIAL:
+        exists = (units @ torch.linalg.pinv(units, rtol=1e-2).sum(1)).sub(1).abs().max() < 1e-6
+        assert (weights != 0).any() or not exists
+        assert along.min() >= -ROUNDING[dtype] * size
+        assert along.max() - along.min() <= 2e-3 * along.max() + ROUNDING[dtype] * size
+    else:
+        shares = weights * rows[usable].norm(dim=1) / size
+        # All projections are equal or larger; those of tasks with a weight are the smallest.
+        assert (along[shares > 1e-3] - along.min()).max() <= 0.02 * size
+    assert along.min() >= -1e-3 * size
+
+
+def excess_weights(seen: Truth, scenario: Scenario) -> Tensor:
+    """ExcessMTL of the paper in two steps: the first is the baseline of those that take part."""
+    memory, tasks = scenario.memory, scenario.tasks
+    logs = memory.setdefault("logs", torch.full((tasks,), -math.log(tasks), dtype=torch.float64, device=DEVICE))
+    moved = []
+    for task, gradient in zip(seen.present, seen.sums, strict=True):
+        squares = memory.get(("squares", task), 0.0) + gradient.square()
+        memory["squares", task] = squares
+        excess = torch.where(squares > 0, gradient.square() / squares.sqrt(), 0.0).sum()
+        if ("baseline", task) in memory:
+            moved.append((task, logs[task] + 0.5 * excess / memory["baseline", task]))
+        elif excess > 0:
+            memory["baseline", task] = excess
+    if moved:
+        which = [task for task, _ in moved]
+        grown = torch.stack([log for _, log in moved])
+        total = 0.0 if len(moved) == tasks else logs[which].logsumexp(0)
+        memory["logs"] = logs.index_copy(0, torch.tensor(which, device=DEVICE), grown - grown.logsumexp(0) + total)
+    return memory["logs"][seen.present].exp()
+
+
+# --------------------------------------------------------------------------------------------------------- the law
+
+
+def given_losses(model: MultiTaskModel, predictions: Any, parts: Sequence[str], order: random.Random) -> Any:
+    """A list, or a dict in any order: with or without the tasks that take no part."""
+    alive = "present" in parts
+    losses: dict[int, Tensor | None] = {}
+    for task, part in enumerate(parts):
+        loss = loss_of(task, predictions[model.tasks[task] if isinstance(predictions, dict) else task])
+        losses[task] = loss if part == "present" else loss.detach() if part == "constant" and alive else None
+    if order.random() < 0.4:
+        return [losses[task] for task in range(len(parts))]
+    names = [task for task, part in enumerate(parts) if part != "absent"]
+    order.shuffle(names)
+    return {model.tasks[task]: losses[task] for task in names}
+
+
+def state_rows(balancer: Balancer, task: int, tasks: int) -> dict[str, Tensor]:
+    state = {**dict(balancer.named_parameters()), **dict(balancer.named_buffers())}
+    if balancer.transforms:  # from where they are counted says nothing
+        state = {key: tensor for key, tensor in state.items() if "rotations." not in key}
+        state["rotations"] = balancer.rotations.matrices()
+    return {key: t.detach()[task].clone() for key, t in state.items() if t.dim() and len(t) == tasks}
+
+
+def near(found: Tensor | None, expected: Tensor, size: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Equal to the rounding of a sum of terms of this size, of which each was rounded a few times."""
+    difference = (torch.zeros_like(expected) if found is None else found.double()) - expected
+    assert difference.abs().max() <= 8 * torch.finfo(dtype).eps * size + torch.finfo(torch.float32).tiny, what
+
+
+def check_step(name: str, model: MultiTaskModel, scenario: Scenario, step: int) -> None:
+    parts, x, tasks = scenario.parts[step], scenario.batch(step), scenario.tasks
+    present = [task for task, part in enumerate(parts) if part == "present"]
+    absent = [task for task in range(tasks) if task not in present]
+    seen = truth(model, x, present) if present else None
+    factors = None if seen is None else expected_factors(name, model.balancer, seen, scenario.memory)
+    logits = None if name != "rotograd-norm" else model.balancer.logits.detach().clone()
+    before = {task: state_rows(model.balancer, task, tasks) for task in absent}
+    losses = given_losses(model, model(x), parts, random.Random(scenario.seed + step))
+    factor = scenario.scale / scenario.accumulate
+    (scenario.scale * model.scalarize(losses) / scenario.accumulate).backward()
+    if seen is None:
+        assert all(p.grad is None for p in model.parameters())
+    else:
+        weights = model.task_weights
+        assert weights.shape == (tasks,)
+        assert weights.isfinite().all()
+        assert (weights[absent] == 0).all()
+        weights = weights[present].double()
+        if factors is None:  # random ones
+            assert (weights > 0).all()
+            assert abs(weights.sum() - 1) < 1e-5
+            factors = weights
+        shared_size = sum(w.abs() * size for w, size in zip(weights, seen.size_shared, strict=True))
+        for index, parameter in enumerate(model.shared_parameters()):
+            expected = factor * sum(w * row[index] for w, row in zip(weights, seen.on_shared, strict=True))
+            near(parameter.grad, expected, abs(factor) * shared_size, scenario.dtype, f"shared {index}, step {step}")
+        for task, own, loss_factor, size in zip(present, seen.on_head, factors, seen.size_head, strict=True):
+            each = factor * loss_factor
+            for parameter, gradient in zip(model.heads[task].parameters(), own, strict=True):
+                near(parameter.grad, each * gradient, each.abs() * size, scenario.dtype, f"head {task}, step {step}")
+        check_alpha(name, weights / factors, seen, factors, scenario, logits)
+    for task in absent:
+        assert all(p.grad is None for p in model.heads[task].parameters())
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            assert parameter.grad.isfinite().all()
+            parameter.data.sub_(0.05 * (parameter.grad / factor).clamp(-1.0, 1.0))
+    for task in absent:
+        for key, row in state_rows(model.balancer, task, tasks).items():
+            assert torch.equal(row, before[task][key]), f"{key} of task {task}"
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_two_steps_of_any_training(name: str) -> None:
+    """The backbone's gradient is the weighted sum of brute-force gradients, the heads' are those of their own losses."""
+    steps = 3 if name == "dwa" else 2
+
+    @settings(
+        max_examples=200,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+    )
+    @given(scenarios(steps))
+    def holds(scenario: Scenario) -> None:
+        scenario.memory.clear()
+        model = scenario.model(name)
+        for step in range(steps):
+            model.zero_grad()
+            check_step(name, model, scenario, step)
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        # FAMO's last losses are infinite before there are any.
+        assert all(not t.isnan().any() if "log_losses" in key else t.isfinite().all() for key, t in state.items())
+
+    holds()
