@@ -135,7 +135,7 @@ class Junction:
         return own, {}
 
     @opaque
-    def meet(self, model: nn.Module) -> None:
+    def meet(self, model: nn.Module | None = None) -> None:
         """Find the processes that train the model together; before a forward under gradients, if there are several."""
         self.peers.meet(model)
 

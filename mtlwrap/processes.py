@@ -212,7 +212,7 @@ def _is_sharded(model: nn.Module) -> bool:
 def _meshes(model: nn.Module) -> list[Any]:
     """The device meshes of sharded parameters, and of those that fully_shard has made whole by now."""
     found = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
-    states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    states = [getattr(module, "_get_fsdp_state", lambda: None)() for module in model.modules()]
     groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", [])]
     return [*found, *(group.mesh_info.mesh for group in groups)]
 

@@ -3,12 +3,14 @@
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mtlwrap.balancers.base import Balancer
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.junction import Junction
 from mtlwrap.losses import Losses, checked_auxiliary, collect
+from mtlwrap.processes import Peers
 from mtlwrap.surroundings import opaque
 
 
@@ -22,6 +24,8 @@ class Fork:
     def __init__(self, representation: Any, balancer: Balancer, junction: Junction) -> None:
         self._junction = junction
         self._balancer = balancer
+        if torch.is_grad_enabled():
+            junction.meet()
         self.aliases: list[Any] = list(junction.fork(representation, balancer, range(len(junction.tasks))))
 
     def scalarize(self, losses: Losses, auxiliary: Tensor | None = None) -> Tensor:
@@ -46,20 +50,27 @@ _junctions: "weakref.WeakKeyDictionary[Balancer, Junction]" = weakref.WeakKeyDic
 
 
 @opaque
-def fork(representation: Any, balancer: Balancer, num_tasks: int) -> Fork:
+def fork(representation: Any, balancer: Balancer, num_tasks: int, *, process_group: Any = "auto") -> Fork:
     """The fork itself, for a model that is not one backbone with heads (MMoE, MTAN, cross-stitch).
 
     Call it in each forward, where the shared part ends: ``aliases[t]`` is the representation for task t. The gradients
     that come back through the aliases are balanced in the backward of ``scalarize(losses)``, and only there.
+
+    With several processes it does not see the predictions, so it cannot run backward through what has no loss. Where
+    tasks are absent in some of them, use ``DistributedDataParallel(find_unused_parameters=True)`` and run only the
+    parts that have a loss; every process needs one loss at least.
 
     Args:
         representation: what the tasks share; a tensor, or tensors in any container that :class:`MultiTaskModel` takes.
         balancer: the same object in every step. Make it for ``num_tasks`` tasks, and put its parameters into your
             optimizer.
         num_tasks: the number of tasks.
+        process_group: as for :class:`MultiTaskModel`; that of the first call counts. ``"auto"`` finds a
+            ``DistributedDataParallel`` whose forward this is called in, and no ``fully_shard``: give a group there.
 
     Raises:
-        TypeError: ``balancer`` is no balancer, or the representation holds no floating-point tensor.
+        TypeError: ``balancer`` is no balancer, or the representation holds no floating-point tensor; ``process_group``
+            is no group.
         ValueError: ``num_tasks`` is not positive, or not the number that the balancer was made for.
 
     Example:
@@ -87,5 +98,6 @@ def fork(representation: Any, balancer: Balancer, num_tasks: int) -> Fork:
     if made_for is not None and made_for != num_tasks:
         raise ValueError(f"num_tasks: {type(balancer).__name__} was made for {made_for} tasks, got {num_tasks}.")
     if known is None:
-        known = _junctions[balancer] = Junction([str(task) for task in range(num_tasks)])
+        known = Junction([str(task) for task in range(num_tasks)], peers=Peers(process_group))
+        _junctions[balancer] = known
     return Fork(representation, balancer, known)

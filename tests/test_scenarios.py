@@ -398,7 +398,7 @@ def check_step(name: str, model: MultiTaskModel, scenario: Scenario, step: int) 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_two_steps_of_any_training(name: str) -> None:
-    """The backbone's gradient is the weighted sum of brute-force gradients, the heads' are those of their own losses."""
+    """The backbone gets the weighted sum of brute-force gradients, the heads those of their own losses."""
     steps = 3 if name == "dwa" else 2
 
     @settings(

@@ -21,8 +21,9 @@ PATIENCE = 90
 class Pool:
     """``size`` processes that run the same function, each with its rank."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, timeout: timedelta = timedelta(seconds=PATIENCE // 3)) -> None:
         self.size = size
+        self.timeout = timeout  # of the process group
         self._workers: list[tuple[Any, Any]] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -65,19 +66,19 @@ class Pool:
         store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, self.size, str(store), theirs), daemon=True)
+            process = context.Process(
+                target=_work, args=(rank, self.size, str(store), theirs, self.timeout), daemon=True
+            )
             process.start()
             theirs.close()
             self._workers.append((process, ours))
 
 
-def _work(rank: int, size: int, store: str, pipe: Any) -> None:
+def _work(rank: int, size: int, store: str, pipe: Any, timeout: timedelta) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE // 3)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
     while True:
         try:
             function, args = pipe.recv()

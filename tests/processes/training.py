@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,10 +37,18 @@ class Spec:
     # Forwards of their own for each task; backward passes without a reduction in between.
     apart: bool = False
     accumulate: int = 1
+    # From which rank on task a is perfect.
+    perfect: int | None = None
 
     def tasks_of(self, step: int, rank: int) -> str:
         ranks = self.present[step % len(self.present)]
         return ranks[rank % len(ranks)]
+
+    def losses_of(self, step: int, rank: int, predictions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        losses = make_losses({task: predictions[task] for task in self.tasks_of(step, rank)})
+        if self.perfect is not None and rank >= self.perfect and "a" in losses:
+            losses["a"] = losses["a"] * 0.0
+        return losses
 
     def batch_of(self, step: int, rank: int, task: str = "") -> Tensor:
         rows = 3 + 2 * rank if self.unequal else 4
@@ -61,6 +69,8 @@ def make(spec: Spec) -> MultiTaskModel:
 def in_processes(rank: int, size: int, spec: Spec) -> list[dict[str, Any]]:
     """Train as one of several processes; what each step left."""
     torch.manual_seed(7)
+    if spec.wrap == "hand":
+        spec = replace(spec, options={**spec.options, "process_group": dist.group.WORLD})
     model = make(spec)
     outer: Any = wrapped(model, spec)
     optimizer = torch.optim.SGD(model.param_groups(lr=0.01, balancer_lr=0.1))
@@ -70,6 +80,8 @@ def in_processes(rank: int, size: int, spec: Spec) -> list[dict[str, Any]]:
         with nullcontext() if last or spec.wrap != "ddp" else outer.no_sync():
             total = model.scalarize(losses_of(outer, spec, step, rank))
             (spec.scale * total).backward()
+        if spec.wrap == "hand":
+            _average(model, size)
         left.append(state_of(model, total))
         if last:
             _step(optimizer, spec)
@@ -91,6 +103,13 @@ def in_one(size: int, spec: Spec) -> list[dict[str, Any]]:
     return left
 
 
+def _average(model: nn.Module, size: int) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad.div_(size)
+
+
 def _step(optimizer: torch.optim.Optimizer, spec: Spec) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -100,9 +119,28 @@ def _step(optimizer: torch.optim.Optimizer, spec: Spec) -> None:
     optimizer.zero_grad()
 
 
+class Outer(nn.Module):
+    """A user's own module around the model. Behind it, its parameters would want a loss of every task everywhere."""
+
+    def __init__(self, model: MultiTaskModel) -> None:
+        super().__init__()
+        self.model = model
+        self.shift = nn.Parameter(torch.zeros((), dtype=next(model.parameters()).dtype))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return self.model(x + self.shift)
+
+
 def wrapped(model: MultiTaskModel, spec: Spec) -> nn.Module:
     if spec.wrap == "ddp":
         return DistributedDataParallel(model, **spec.ddp)
+    if spec.wrap == "nested":
+        return DistributedDataParallel(Outer(model), **spec.ddp)
+    if spec.wrap == "pairs":
+        pairs = [dist.new_group([first, first + 1]) for first in range(0, dist.get_world_size(), 2)]
+        return DistributedDataParallel(model, process_group=pairs[dist.get_rank() // 2], **spec.ddp)
+    if spec.wrap == "hand":
+        return model
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if spec.wrap == "fsdp-whole":
         fully_shard(model, mesh=mesh)
@@ -117,14 +155,13 @@ def wrapped(model: MultiTaskModel, spec: Spec) -> nn.Module:
 
 
 def losses_of(model: nn.Module, spec: Spec, step: int, rank: int) -> dict[str, Tensor]:
-    present = spec.tasks_of(step, rank)
     if spec.apart:
         predictions = {}
         for task in TASKS:
             predictions.update(model(spec.batch_of(step, rank, task), tasks=task))
     else:
         predictions = model(spec.batch_of(step, rank))
-    return make_losses({task: predictions[task] for task in present})
+    return spec.losses_of(step, rank, predictions)
 
 
 def mean_losses(model: nn.Module, ranks: Sequence[int], spec: Spec, step: int) -> dict[str, Tensor]:
@@ -137,8 +174,8 @@ def mean_losses(model: nn.Module, ranks: Sequence[int], spec: Spec, step: int) -
         predictions.update({name: prediction.split(rows) for name, prediction in found.items()})
     losses: dict[str, Tensor] = {}
     for index, rank in enumerate(ranks):
-        present = spec.tasks_of(step, rank)
-        for task, loss in make_losses({task: predictions[task][index] for task in present}).items():
+        own = {task: pieces[index] for task, pieces in predictions.items()}
+        for task, loss in spec.losses_of(step, rank, own).items():
             losses[task] = losses.get(task, 0.0) + loss / len(ranks)
     return losses
 
