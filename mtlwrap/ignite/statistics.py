@@ -31,9 +31,12 @@ class BalancerStatistics:
 
     What did not occur in n steps is NaN; a run begins with none. A step is an iteration of the trainer, also where
     gradients are accumulated. A step without gradients to ask (a frozen backbone, ``Parameters(refresh_every=k)``
-    between two weighings) counts for losses and weights alone, and one without a label for nothing. Several processes
-    are averaged, so attach it in each of them. A trainer with statistics keeps the tasks' gradients until the backward
-    pass is over, as :func:`mtlwrap.cached` does.
+    between two weighings) counts for losses and weights alone, and one without a label for nothing. A trainer with
+    statistics keeps the tasks' gradients until the backward pass is over, as :func:`mtlwrap.cached` does.
+
+    Several processes are averaged, in each step those in which the task has a label; so attach it in each of them.
+    Losses are those of their own batches. So are norms and cosines, unless the balancer asked for them: then they are
+    those of all batches together, which it has seen.
 
     Args:
         model: the trainer's model.
@@ -142,16 +145,19 @@ class BalancerStatistics:
         parts = [
             (numbers, active),
             (weights, active & weights.isfinite()),
-            *self._of_gradients(self.model.task_gradients, absent),
+            *self._of_gradients(self.model.task_gradients, active, absent),
         ]
         return torch.cat([n.to(absent) for n, _ in parts]), torch.cat([c.to(example.device) for _, c in parts])
 
-    def _of_gradients(self, gradients: TaskGradients | None, absent: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+    def _of_gradients(
+        self, gradients: TaskGradients | None, labelled: Tensor, absent: Tensor
+    ) -> Sequence[tuple[Tensor, Tensor]]:
         count = len(self.model.tasks)
         if gradients is None:
             nothing = absent.new_zeros(count + count * (count - 1) // 2 + 2)
             return [(nothing, torch.zeros_like(nothing, dtype=torch.bool))]
-        active, finite = gradients.active, gradients.finite
+        # A task that takes part in another process only has no gradient here.
+        active, finite = gradients.active & labelled, gradients.finite
         if self._pairs is None or self._pairs.device != active.device:
             self._pairs = torch.triu_indices(count, count, 1, device=active.device)
         first, second = self._pairs
