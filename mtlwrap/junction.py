@@ -15,10 +15,10 @@ from mtlwrap.connection import Connection, connect
 from mtlwrap.decision import decide
 from mtlwrap.exact import Exact
 from mtlwrap.nodes import ForkNode, ForkState, LossesNode, ScalarNode, vector_of
+from mtlwrap.outcome import Report
 from mtlwrap.passes import Order
 from mtlwrap.probe import check_repeatable, check_whole
 from mtlwrap.processes import Peers
-from mtlwrap.report import Report
 from mtlwrap.step import current_scope
 from mtlwrap.structure import differentiable_tensors
 from mtlwrap.surroundings import opaque, transforming

@@ -21,9 +21,9 @@ from mtlwrap.aliases import alias
 from mtlwrap.balancers.base import Balancer
 from mtlwrap.exact import Exact
 from mtlwrap.gradients import TaskGradients, completed
+from mtlwrap.outcome import Report
 from mtlwrap.passes import Decision, Order, Pass, graph_task_id, keeps_graph, remember
 from mtlwrap.probe import wants_the_pass
-from mtlwrap.report import Report
 from mtlwrap.rows import Rows
 from mtlwrap.step import current_scope
 from mtlwrap.surroundings import opaque, without_autocast
