@@ -111,3 +111,13 @@ def test_modes(pools, mode, way):
 @pytest.mark.parametrize("mode", ["apart-loss", "scaled", "scaled-hybrid"])
 def test_modes_of_fsdp(pools, mode):
     check(pools, 2, replace(MODES[mode], wrap="fsdp", present=UNEVEN, unequal=True, steps=6))
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_a_head_without_a_loss_anywhere_gets_no_gradient(pools, wrap):
+    """So that an optimizer with momentum does not move it; plain DDP makes zeros of it."""
+    ddp = {"find_unused_parameters": True} if wrap == "ddp" else {}
+    spec = Spec("imtl", wrap=wrap, present=[["ab", "a"], ["abc", "c"], ["", ""]], steps=3, ddp=ddp)
+    for steps in pools[2].run(in_processes, spec):
+        heads = [{name.split(".")[1] for name in step["gradients"] if name.startswith("heads.")} for step in steps]
+        assert heads == [{"a", "b"}, {"a", "b", "c"}, set()]
