@@ -16,6 +16,7 @@ from mtlwrap import (
     EqualWeighting,
     ExcessMTL,
     GradientBalancer,
+    GradNorm,
     MultiTaskModel,
     Parameters,
     RotoGrad,
@@ -138,6 +139,45 @@ def test_rotations_learn_from_batches_of_their_own() -> None:
     model = make_model(RotoGrad(8))
     model.backward(joint_losses(model))
     assert (model.balancer.rotations.angles.grad != 0).any(dim=1).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_what_a_balancer_learns_comes_once_for_all_batches(scale: float) -> None:
+    """From one fork only, times the loss scale, as every gradient."""
+    model = make_model(GradNorm(0.0))
+    norms = torch.stack([task["z"].sum(0).norm() for task in by_task(model, batches()).values()])
+    pull = torch.sign(norms - norms.mean()) * norms
+    (scale * model.scalarize(joint_losses(model))).backward()
+    assert_close(model.balancer.logits.grad, (scale * (pull - pull.sum() / 3)).to(model.balancer.logits), **CLOSE)
+
+
+class Both(nn.Module):
+    """Two tensors, of which one will not be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.unread = nn.Linear(5, 4), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.read(x), self.unread(x)
+
+
+class First(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, z: tuple[Tensor, Tensor]) -> Tensor:
+        return self.layer(z[0])
+
+
+@pytest.mark.parametrize("weigh_heads", [False, True])
+def test_what_no_task_reads_gets_no_gradient(weigh_heads: bool) -> None:
+    """Not zeros, which momentum and weight decay would act on; as without a decision ahead of the heads."""
+    model = MultiTaskModel(Both(), [First(), First()], IMTLG(), weigh_heads=weigh_heads).double().to(DEVICE)
+    model.backward([p.square().mean() for p in model(make_input())])
+    assert all((p.grad != 0).any() for p in model.backbone.read.parameters())
+    assert all(p.grad is None for p in model.backbone.unread.parameters())
 
 
 def test_the_gradients_can_be_asked_for() -> None:

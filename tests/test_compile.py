@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from mtlwrap import IMTL, IMTLG, UW, Compose, MultiTaskModel, cached
+from tests import common
 from tests.common import DEVICE, make_backbone, make_heads, make_input, make_losses
 
 pytestmark = pytest.mark.skipif(
@@ -94,6 +96,25 @@ def test_no_recompilation_from_step_to_step() -> None:
     train(model, compiled, steps=2)
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(model, compiled, steps=6)
+
+
+@pytest.mark.parametrize("name", common.BALANCERS)
+def test_one_break_at_the_fork_and_no_recompilation(name: str) -> None:
+    """Two graphs, the backbone and the heads, traced once: whatever the loss scale is and whoever drops out."""
+    counter = CompileCounterWithBackend("eager")
+    model = common.make_model(common.BALANCERS[name](), torch.float32)
+    reference = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=counter)
+    explained = torch._dynamo.explain(copy.deepcopy(model))(make_input(dtype=torch.float32))
+    assert (explained.graph_count, explained.graph_break_count) == (2, 1)
+    torch._dynamo.reset()
+    for step, (scale, tasks) in enumerate(zip(SCALES, TASKS_OF_STEP, strict=True)):
+        for each, forward in ((model, compiled), (reference, reference)):
+            each.zero_grad()
+            losses = make_losses(forward(make_input(step, dtype=torch.float32)))
+            (scale * each.scalarize({task: losses[task] for task in tasks})).backward()
+        assert counter.frame_count == 2
+        assert_close(common.grads(list(model.parameters())), common.grads(list(reference.parameters())))
 
 
 def test_evaluation_is_one_graph() -> None:

@@ -200,6 +200,23 @@ def test_several_tensors_and_unused_parameters() -> None:
     assert model.backbone.frozen.grad is None
 
 
+def test_state_is_as_wide_as_all_parameters_also_where_none_is_reached() -> None:
+    """Zeros stand for those that no task reaches, in this step or at all."""
+    balancer = ExcessMTL(0.5)
+    model = MultiTaskModel(Halves(), [Reads("first", 4), Reads("second", 3)], balancer, gradients="parameters")
+    model = model.double().to(DEVICE)
+    trained = [p for p in model.shared_parameters() if p.requires_grad]
+    for step, present in enumerate([(0, 1), (0,), (1,), (0, 1)]):
+        losses = [p.square().mean() for p in model(make_input(step))]
+        rows = torch.stack([torch.cat([g.flatten() for g in row]) for row in task_gradients(losses, trained)])
+        squares = balancer.squared_gradients.clone()
+        model.backward([loss if task in present else None for task, loss in enumerate(losses)])
+        assert balancer.squared_gradients.shape == rows.shape
+        for task in range(2):
+            added = (rows[task] / balancer.sizes[task]).square() if task in present else 0.0
+            assert_close(balancer.squared_gradients[task], squares[task] + added, **CLOSE)
+
+
 def test_an_input_that_wants_a_gradient_gets_it() -> None:
     model, x = make_model(IMTLG()), make_input().requires_grad_()
     rows = jacobian(model, x)
@@ -445,7 +462,31 @@ def test_a_task_that_comes_back_is_weighed_at_once() -> None:
     assert_close(shared_gradient(model), paper_weights(rows).to(DEVICE) @ rows, **CLOSE)
 
 
-@pytest.mark.parametrize("saved_after", [1, 2, 3])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_known_are_the_tasks_of_the_last_weighing(resumed: bool) -> None:
+    """Neither those of earlier ones, which have no weight any more, nor those of the last step, which used it."""
+    model = make_model(IMTLG(), Parameters(refresh_every=3))
+    weighings = 0
+    weigh = model.balancer.weigh
+
+    def counting(gradients: TaskGradients) -> Tensor:
+        nonlocal weighings
+        weighings += 1
+        return weigh(gradients)
+
+    model.balancer.weigh = counting
+    found = []
+    for step, present in enumerate(["abc", "b", "abc", "ab", "b", "ab", "ab", "abc", "a", "abc"]):
+        losses = make_losses(model(make_input(step)))
+        model.backward({task: losses[task] for task in present})
+        if resumed:
+            model.load_state_dict(model.state_dict())
+        found.append(weighings)
+    # Weighed: abc; ab, as it is time; ab, again; abc, for c is new.
+    assert found == [1, 1, 1, 2, 2, 2, 3, 4, 4, 4]
+
+
+@pytest.mark.parametrize("saved_after", [1, 2, 3, 5])
 def test_the_schedule_is_resumed_to_the_bit(saved_after: int) -> None:
     def train(model: MultiTaskModel, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for step in steps:
@@ -513,6 +554,27 @@ def test_checkpointing() -> None:
         else:
             model.backward(make_losses(model(given)))
             assert_close(shared_gradient(model), shared_gradient(plain), **CLOSE)
+
+
+class SometimesCheckpointed(nn.Module):
+    """Only long batches are worth a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = make_backbone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) < 6:
+            return self.layers(x)
+        return torch.utils.checkpoint.checkpoint(self.layers, x.requires_grad_(), use_reentrant=True)
+
+
+@pytest.mark.parametrize("rows", [(3, 6), (6, 3)])
+def test_the_backbone_of_every_batch_is_looked_at(rows: tuple[int, int]) -> None:
+    model = MultiTaskModel(SometimesCheckpointed(), make_heads(), IMTLG(), gradients="parameters").double().to(DEVICE)
+    first, second = model(make_input(0, rows[0]), tasks="a"), model(make_input(1, rows[1]), tasks=["b", "c"])
+    with pytest.raises(ValueError, match="which a reentrant checkpoint does not allow"):
+        model.backward(make_losses({**first, **second}))
 
 
 class Wide(nn.Module):

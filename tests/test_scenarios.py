@@ -398,7 +398,7 @@ def check_step(name: str, model: MultiTaskModel, scenario: Scenario, step: int) 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_two_steps_of_any_training(name: str) -> None:
-    """The backbone gets the weighted sum of brute-force gradients, the heads those of their own losses."""
+    """The backbone gets the weighted sum of brute-force gradients, and each head that of its own loss."""
     steps = 3 if name == "dwa" else 2
 
     @settings(
@@ -421,3 +421,151 @@ def test_two_steps_of_any_training(name: str) -> None:
         assert all(not t.isnan().any() if "log_losses" in key else t.isfinite().all() for key, t in state.items())
 
     holds()
+
+
+# --------------------------------------------------------------------------------------------------- faults on purpose
+
+
+class Faulty(nn.Module):
+    """A head whose prediction is what it says times a number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.layer, self.factor = nn.Linear(4, 1), factor
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layer(z) * self.factor
+
+
+def small(name: str, tasks: int = 3) -> tuple[MultiTaskModel, Callable[[int], Tensor]]:
+    torch.manual_seed(2)
+    balancer = MAKERS[name](tasks, 4)
+    model = MultiTaskModel(nn.Linear(3, 4), [Faulty(1.0) for _ in range(tasks)], balancer).to(DEVICE)
+    return model, lambda seed: torch.randn(6, 3, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def squares(model: MultiTaskModel, x: Tensor) -> list[Tensor]:
+    return [p.square().mean() for p in model(x)]
+
+
+def everything(model: MultiTaskModel) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_head_that_returns_nan(name: str) -> None:
+    """It is not hidden, and the next step is that of a training without it."""
+    model, batch = small(name)
+    reference, _ = small(name)
+    for each in (model, reference):
+        each.backward(squares(each, batch(0)))
+        each.zero_grad()
+    before = everything(model)
+    model.heads[1].factor = math.nan
+    model.backward(squares(model, batch(1)))
+    assert not all(p.grad.isfinite().all() for p in model.shared_parameters())
+    assert_close(everything(model), before, rtol=0, atol=0)
+    model.heads[1].factor = 1.0
+    model.zero_grad()
+    for each in (model, reference):
+        each.backward(squares(each, batch(2)))
+    for found, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        assert_close(found.grad, expected.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_loss_of_zero(name: str) -> None:
+    """Its gradient is zero too; the others are trained, and it is back when it is not zero any more."""
+    model, batch = small(name)
+    optimizer = torch.optim.SGD(model.param_groups(lr=1e-3))
+    for step in range(4):
+        model.heads[1].factor = 0.0 if step < 3 else 1.0
+        optimizer.zero_grad()
+        losses = squares(model, batch(step))
+        assert (losses[1] == 0) == (step < 3)
+        model.backward(losses)
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        assert any((p.grad != 0).any() for p in model.shared_parameters())
+        optimizer.step()
+    assert model.task_weights.isfinite().all()
+    assert model.task_weights[1] != 0
+    assert all((p.grad != 0).any() for p in model.heads[1].parameters())
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_task_that_vanishes_for_100_steps_and_returns(name: str) -> None:
+    model, batch = small(name)
+    optimizer = torch.optim.SGD(model.param_groups(lr=1e-3))
+
+    def step(number: int, present: tuple[bool, ...]) -> None:
+        optimizer.zero_grad()
+        losses = squares(model, batch(number))
+        model.backward([loss if here else None for loss, here in zip(losses, present, strict=True)])
+        optimizer.step()
+
+    step(0, (True, True, True))
+    step(1, (True, True, True))
+    rows, head = state_rows(model.balancer, 1, 3), everything(model.heads[1])
+    for number in range(100):
+        step(2 + number, (True, False, True))
+        assert model.task_weights[1] == 0
+    assert_close(state_rows(model.balancer, 1, 3), rows, rtol=0, atol=0)
+    assert_close(everything(model.heads[1]), head, rtol=0, atol=0)
+    step(102, (True, True, True))
+    assert model.task_weights.isfinite().all()
+    assert model.task_weights[1] != 0
+    assert (model.heads[1].layer.weight != head["layer.weight"]).any()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_losses_of_a_million_to_one(name: str) -> None:
+    model, batch = small(name)
+    optimizer = torch.optim.SGD(model.param_groups(lr=1e-9))
+    for step in range(3):
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            z = model.backbone(batch(step))
+            turned = [z] * 3
+            if model.balancer.transforms:
+                matrices = [torch.eye(4, device=DEVICE).clone() for _ in range(3)]
+                for matrix, rotation in zip(matrices, model.balancer.rotations.matrices().detach(), strict=True):
+                    matrix[: len(rotation), : len(rotation)] = rotation
+                turned = [z @ matrix.T for matrix in matrices]
+            raw = [f * model.heads[t](turned[t]).square().mean() for t, f in enumerate((1e6, 1.0, 1e-6))]
+            rows = [torch.autograd.grad(loss, model.backbone.weight, retain_graph=True)[0].double() for loss in raw]
+        losses = squares(model, batch(step))
+        model.backward([1e6 * losses[0], losses[1], 1e-6 * losses[2]])
+        weighed = [w * row for w, row in zip(model.task_weights.double(), rows, strict=True)]
+        size = sum(row.abs().max() for row in weighed)
+        assert (model.backbone.weight.grad.double() - sum(weighed)).abs().max() <= 1e-5 * size
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_thousand_tasks(name: str) -> None:
+    """Each is a row of one matrix, so that what they send back is known without a thousand backward passes."""
+    torch.manual_seed(3)
+    tasks = 1000
+    makers = {**MAKERS, "fixed": lambda n, m: FixedWeights([1.0] * n), "uw": lambda n, m: UW(n)}
+    makers.update({"imtl-l": lambda n, m: IMTLL(n), "imtl": lambda n, m: IMTL(n)})
+    makers["uw-likelihoods"] = lambda n, m: UW(likelihood=["laplace", "regression"] * (n // 2))
+    makers["compose"] = lambda n, m: Compose(loss=UW(n), gradient=IMTLG(nonneg=True))
+    heads = [nn.Linear(4, 1, bias=False) for _ in range(tasks)]
+    model = MultiTaskModel(nn.Linear(3, 4), heads, makers[name](tasks, 4)).to(DEVICE)
+    x = torch.randn(6, 3, device=DEVICE)
+    for step in range(2):
+        model.zero_grad()
+        losses: list[Tensor | None] = [p.square().mean() for p in model(x)]
+        if step:
+            losses[::7] = [None] * len(losses[::7])
+        model.backward(losses)
+        weights = model.task_weights
+        assert weights.isfinite().all()
+        assert not step or (weights[::7] == 0).all()
+        z = model.backbone(x).detach()  # the rotations are still the identity
+        rows = torch.cat([head.weight.detach() for head in heads])
+        on_z = torch.einsum("t,bt,tm->bm", weights.to(z), 2 / len(x) * z @ rows.T, rows)
+        size = torch.einsum("t,bt,tm->bm", weights.to(z).abs(), 2 / len(x) * (z @ rows.T).abs(), rows.abs())
+        difference = (model.backbone.weight.grad - on_z.T @ x).abs().max()
+        assert difference <= 1e-5 * (size.T @ x.abs()).max()
