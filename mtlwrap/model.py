@@ -47,7 +47,8 @@ class MultiTaskModel(nn.Module):
         process_group: which processes decide jointly, each with batches of its own: ``"auto"``, those of the
             ``DistributedDataParallel`` around the model, or of the device mesh that its parameters are sharded over
             (``fully_shard``); a group; or None, each by itself. They make the same steps as one process that minimises
-            the mean of their losses, an absent one counting 0.
+            the mean of their losses, an absent one counting 0. All call :meth:`scalarize` and ``backward`` as often;
+            one that raises leaves the others waiting, until they give up after the time-out of that group.
 
     Attributes:
         backbone: the shared module.

@@ -3,6 +3,9 @@
 The law: a training with W processes equals that of one process which minimises the mean over them of their losses, an
 absent loss counting 0. The gradients of its losses on the representation are then those of the W processes, one after
 the other, each divided by W: their inner products are sums over the processes, divided by W squared.
+
+All must come to the same points: ``scalarize`` and its backward. Where one raises before, the others wait for it until
+the time-out of the process group that they were given or found, and then raise too.
 """
 
 import weakref

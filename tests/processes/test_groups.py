@@ -105,6 +105,19 @@ def test_other_ways_to_be_several(pools, wrap, name):
             check(got, wanted)
 
 
+def with_a_group_more(rank: int, size: int, spec: Spec) -> list[dict[str, Any]]:
+    if rank == 0:
+        dist.new_group([0], use_local_synchronization=True)
+    return in_processes(rank, size, spec)
+
+
+def test_groups_that_one_has_and_another_has_not(pools):
+    """torch names a group after how many there are, and waits for those who call it the same."""
+    spec = Spec("imtl", steps=2)
+    for steps in pools[2].run(with_a_group_more, spec):
+        check(steps[1], in_one(2, spec)[1])
+
+
 def apart(rank: int, size: int, name: str) -> tuple[list[Any], list[Any], list[str]]:
     """What is sent, and warned of, by processes that are by themselves: said so, and left to be found out."""
     silent, found = make(Spec(name, options={"process_group": None})), make(Spec(name))
