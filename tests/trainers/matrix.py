@@ -38,7 +38,8 @@ def train(trainer: str, balancer: str, feature: Feature, batches: Sequence[int] 
         return TRAINERS[trainer](balancer, feature, batches)
     first, *others = processes.train(trainer, balancer, feature, batches)
     for other in others:
-        different = [name for name, value in first.state.items() if not torch.equal(value, other.state[name])]
+        same = first.state | {"task_weights": first.weights}, other.state | {"task_weights": other.weights}
+        different = [name for name, value in same[0].items() if not torch.equal(value, same[1][name])]
         if different:
             raise ValueError(f"{trainer}: the processes differ in {', '.join(different)}.")
     return first
