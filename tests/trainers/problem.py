@@ -14,9 +14,10 @@ from tests.common import DEVICE
 
 TASKS = ("kind", "size", "age")
 ROWS = 8
-# The batches in their order, and one whose gradients overflow float16 though its loss is finite.
+# The batches in their order, and those whose gradients overflow float16 though the loss is finite.
 BATCHES = (0, 1, 2, 3, 4, 5, 6, 7)
 BAD = -1
+BAD_IN_ONE = -2  # in the first half of the rows
 # In these no row has an age: the task is absent. Of two processes, each with a half of the rows, in one of them the
 # second has no age, and in the other the first has no label at all.
 WITHOUT_AGE = (1, 4)
@@ -119,8 +120,8 @@ def make_batch(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     age[:: ROWS // 2] = torch.nan
     if number in WITHOUT_AGE:
         age[:] = torch.nan
-    if number == BAD:
-        size[:] = 1e6
+    if number in (BAD, BAD_IN_ONE):
+        size[: ROWS if number == BAD else ROWS // 2] = 1e6
     labels = {"kind": kind, "size": size, "age": age}
     for tasks, rows in ((FIRST_HALF_ONLY, slice(ROWS // 2, None)), (SECOND_HALF_ONLY, slice(ROWS // 2))):
         for task in tasks.get(number, ()):

@@ -2,25 +2,29 @@
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState
 
 from tests.processes.pool import Pool
 from tests.trainers.problem import Feature, Result
 
-# For each trainer those that it has begun, and that stay; it joins them itself.
+# By name those that were begun, and that stay: what they run joins them itself.
 _POOLS: dict[str, Pool] = {}
+
+
+def run(name: str, count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What ``function(rank, count, *args)`` returns in each of the processes of a name."""
+    if name not in _POOLS:
+        _POOLS[name] = Pool(count, partial(_as_torchrun, _free_port()), preload="tests.trainers.matrix")
+    return _POOLS[name].run(function, *args)
 
 
 def train(trainer: str, balancer: str, feature: Feature, batches: Sequence[int]) -> list[Result]:
     """The result of each process, in the order of their ranks."""
-    if trainer not in _POOLS:
-        _POOLS[trainer] = Pool(
-            feature.processes, join=partial(_as_torchrun, _free_port()), preload="tests.trainers.matrix"
-        )
-    return _POOLS[trainer].run(_train, trainer, balancer, feature, batches)
+    return run(trainer, feature.processes, _train, trainer, balancer, feature, batches)
 
 
 def close() -> None:

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from tests.common import DEVICE
 from tests.trainers import reference
 from tests.trainers.matrix import IMPOSSIBLE, TRAINERS, is_possible, train
-from tests.trainers.problem import BAD, BALANCERS, BATCHES, FEATURES, Feature, Result, make_model, result_of
+from tests.trainers.problem import BAD, BAD_IN_ONE, BALANCERS, BATCHES, FEATURES, Feature, Result, make_model, result_of
 
 PLAIN = "plain loop"
 HALF = "fp16 + scaler"
@@ -144,3 +144,11 @@ def test_processes_with_other_features(trainer: str, case: str) -> None:
     # ignite averages the gradients of each batch, the others once in a step: that rounds otherwise.
     if trainer != "ignite" or asked.accumulate == 1:
         assert_same(found, by_plain_loop(balancer, asked))
+
+
+@pytest.mark.parametrize("balancer", BALANCERS)
+def test_an_overflow_in_one_process_skips_the_step_of_all(balancer: str) -> None:
+    asked = replace(FEATURES[HALF], processes=2)
+    before, after = train(PLAIN, balancer, asked, (0, 1)), train(PLAIN, balancer, asked, (0, 1, BAD_IN_ONE))
+    assert_close(after.state, before.state, rtol=0, atol=0)
+    assert (before.scale, after.scale) == (asked.init_scale, asked.init_scale / 2)
