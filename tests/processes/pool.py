@@ -18,12 +18,27 @@ import torch.distributed as dist
 PATIENCE = 90
 
 
-class Pool:
-    """``size`` processes that run the same function, each with its rank."""
+def join_gloo(rank: int, size: int, store: str, seconds: float = PATIENCE // 3) -> None:
+    """Join the others; ``store`` is a file's name that all of them know, and nobody else."""
+    timeout = timedelta(seconds=seconds)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
 
-    def __init__(self, size: int, timeout: timedelta = timedelta(seconds=PATIENCE // 3)) -> None:
+
+class Pool:
+    """``size`` processes that run the same function, each with its rank.
+
+    Args:
+        size: how many.
+        join: called in each process as it starts, with its rank, their number and the name of a file.
+        preload: a module that a server imports, of which the processes are forked; else each starts by itself.
+    """
+
+    def __init__(
+        self, size: int, join: Callable[[int, int, str], None] = join_gloo, preload: str | None = None
+    ) -> None:
         self.size = size
-        self.timeout = timeout  # of the process group
+        self._join = join
+        self._preload = preload
         self._workers: list[tuple[Any, Any]] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -62,23 +77,23 @@ class Pool:
         self._workers = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context("spawn" if self._preload is None else "forkserver")
+        if self._preload is not None:
+            context.set_forkserver_preload([self._preload])
         store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_work, args=(rank, self.size, str(store), theirs, self.timeout), daemon=True
-            )
+            process = context.Process(target=_work, args=(self._join, rank, self.size, str(store), theirs), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
 
 
-def _work(rank: int, size: int, store: str, pipe: Any, timeout: timedelta) -> None:
+def _work(join: Callable[[int, int, str], None], rank: int, size: int, store: str, pipe: Any) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
+    join(rank, size, store)
     while True:
         try:
             function, args = pipe.recv()

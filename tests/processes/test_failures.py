@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from tests.common import BALANCERS
-from tests.processes.pool import Pool
+from tests.processes.pool import Pool, join_gloo
 from tests.processes.training import Spec, close, in_one, in_processes, losses_of, make, whole, wrapped
 
 PATIENCE = 4.0
@@ -17,7 +17,7 @@ PATIENCE = 4.0
 
 @pytest.fixture
 def impatient() -> Iterator[Pool]:
-    pool = Pool(2, timedelta(seconds=PATIENCE))
+    pool = Pool(2, partial(join_gloo, seconds=PATIENCE))
     yield pool
     pool.close()
 

@@ -55,7 +55,7 @@ def test_other_ways_to_shard(pools, balancer, wrap):
     check(pools, 2, Spec(balancer, wrap=wrap, present=UNEVEN, unequal=True, steps=6))
 
 
-@pytest.mark.parametrize("balancer", KINDS)
+@pytest.mark.parametrize("balancer", BALANCERS)
 def test_fsdp_of_four(pools, balancer):
     check(pools, 4, Spec(balancer, wrap="fsdp", present=UNEVEN, unequal=True, steps=4))
 

@@ -4,17 +4,23 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
+
+from tests.trainers import processes
 
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate() -> Iterator[None]:
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    processes.reset_accelerate()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_process_is_left() -> Iterator[None]:
+    yield
+    processes.close()

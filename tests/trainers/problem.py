@@ -1,4 +1,4 @@
-"""What every trainer trains here: one small model, six batches, and the features of a training."""
+"""What every trainer trains here: one small model, eight batches, and the features of a training."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,15 @@ from tests.common import DEVICE
 
 TASKS = ("kind", "size", "age")
 ROWS = 8
-# The batches in their order, and one whose gradients overflow float16 though its loss is finite.
-BATCHES = (0, 1, 2, 3, 4, 5)
+# The batches in their order, and those whose gradients overflow float16 though the loss is finite.
+BATCHES = (0, 1, 2, 3, 4, 5, 6, 7)
 BAD = -1
-# In these no row has an age: the task is absent.
+BAD_IN_ONE = -2  # in the first half of the rows
+# In these no row has an age: the task is absent. Of two processes, each with a half of the rows, in one of them the
+# second has no age, and in the other the first has no label at all.
 WITHOUT_AGE = (1, 4)
+FIRST_HALF_ONLY = {6: ("age",)}
+SECOND_HALF_ONLY = {3: ("kind", "size", "age")}
 LR, BALANCER_LR, MOMENTUM = 0.05, 0.02, 0.9
 # Of the balancers: the first log-scales, and ExcessMTL's step size.
 INIT = [0.25, -0.5, 0.125]
@@ -43,6 +47,8 @@ class Feature:
         accumulate: over how many batches gradients are accumulated.
         clip: the largest norm of all gradients together, or None.
         processes: how many; each gets its part of the rows of a batch.
+        unused: whether DDP looks for unused parameters, which it needs nowhere: without it a head whose task is absent
+            in all processes gets a gradient of zero, with it none.
     """
 
     autocast: torch.dtype | None = None
@@ -50,10 +56,8 @@ class Feature:
     accumulate: int = 1
     clip: float | None = None
     processes: int = 1
+    unused: bool = False
 
-
-# Not a column of the table yet: gradient balancers decide in each process by itself. It becomes one by an entry below.
-DDP = Feature(processes=2)
 
 FEATURES = {
     "fp32": Feature(),
@@ -61,6 +65,7 @@ FEATURES = {
     "fp16 + scaler": Feature(autocast=torch.float16, init_scale=2.0**12),
     "accumulation": Feature(accumulate=2),
     "clipping": Feature(clip=0.5),
+    "DDP": Feature(processes=2),
 }
 
 
@@ -95,7 +100,8 @@ def make_model(balancer: str) -> MultiTaskModel:
         torch.manual_seed(5)
         backbone = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.Tanh())
         age = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))
-        heads = {"kind": nn.Linear(8, 3), "size": nn.Linear(8, 1), "age": age}
+        # Without a bias, a tensor of one number near zero, of which rounding is a large part.
+        heads = {"kind": nn.Linear(8, 3), "size": nn.Linear(8, 1, bias=False), "age": age}
         return MultiTaskModel(backbone, heads, BALANCERS[balancer]()).to(DEVICE)
 
 
@@ -105,7 +111,7 @@ def make_optimizer(model: MultiTaskModel) -> torch.optim.Optimizer:
 
 
 def make_batch(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs, and a label for each task; NaN where it is missing."""
+    """Inputs, and a label for each task; NaN, or -1 of classes, where it is missing."""
     gen = torch.Generator().manual_seed(100 + number)
     x = torch.randn(ROWS, 6, generator=gen)
     kind = torch.randint(3, (ROWS,), generator=gen)
@@ -114,8 +120,12 @@ def make_batch(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     age[:: ROWS // 2] = torch.nan
     if number in WITHOUT_AGE:
         age[:] = torch.nan
-    if number == BAD:
-        size[:] = 1e6
+    if number in (BAD, BAD_IN_ONE):
+        size[: ROWS if number == BAD else ROWS // 2] = 1e6
+    labels = {"kind": kind, "size": size, "age": age}
+    for tasks, rows in ((FIRST_HALF_ONLY, slice(ROWS // 2, None)), (SECOND_HALF_ONLY, slice(ROWS // 2))):
+        for task in tasks.get(number, ()):
+            labels[task][rows] = -1 if task == "kind" else torch.nan
     return x, kind, size, age
 
 
@@ -137,16 +147,12 @@ def own_rank(feature: Feature) -> int | None:
 
 def losses_of(predictions: Mapping[str, Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor | None]:
     """The losses in float32, whatever autocast made of the predictions; None for a task without a label."""
-    kind, size, age = labels
-    known = ~age[:, 0].isnan()
-    logits, sizes, ages = (
-        predictions[task].to(torch.promote_types(predictions[task].dtype, torch.float32)) for task in TASKS
-    )
-    return {
-        "kind": cross_entropy(logits, kind),
-        "size": mse_loss(sizes, size),
-        "age": smooth_l1_loss(ages[known], age[known]) if known.any() else None,
-    }
+    losses: dict[str, Tensor | None] = {}
+    for task, function, label in zip(TASKS, (cross_entropy, mse_loss, smooth_l1_loss), labels, strict=True):
+        known = label >= 0 if task == "kind" else ~label[:, 0].isnan()
+        prediction = predictions[task].to(torch.promote_types(predictions[task].dtype, torch.float32))
+        losses[task] = function(prediction[known], label[known]) if known.any() else None
+    return losses
 
 
 def result_of(model: MultiTaskModel, scale: float | None = None) -> Result:

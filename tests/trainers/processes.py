@@ -2,54 +2,57 @@
 
 import os
 import socket
-from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
-import torch
-from torch import multiprocessing
+from accelerate.state import AcceleratorState, GradientState
 
+from tests.processes.pool import Pool
 from tests.trainers.problem import Feature, Result
+
+# By name those that were begun, and that stay: what they run joins them itself.
+_POOLS: dict[str, Pool] = {}
+
+
+def run(name: str, count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What ``function(rank, count, *args)`` returns in each of the processes of a name."""
+    if name not in _POOLS:
+        _POOLS[name] = Pool(count, partial(_as_torchrun, _free_port()), preload="tests.trainers.matrix")
+    return _POOLS[name].run(function, *args)
 
 
 def train(trainer: str, balancer: str, feature: Feature, batches: Sequence[int]) -> list[Result]:
     """The result of each process, in the order of their ranks."""
-    # A server that has imported the trainers forks the processes: neither an import nor a fork of this one's threads.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.trainers.matrix"])
-    with TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{rank}.pt" for rank in range(feature.processes)]
-        port = _free_port()
-        started = [
-            context.Process(target=_run, args=(trainer, balancer, feature, batches, rank, port, path))
-            for rank, path in enumerate(paths)
-        ]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(120)
-            process.kill()
-        codes = [process.exitcode for process in started]
-        if any(codes):
-            raise RuntimeError(f"{trainer}: the processes ended with {codes}; their errors are on stderr.")
-        return [Result(**torch.load(path, weights_only=True)) for path in paths]
+    return run(trainer, feature.processes, _train, trainer, balancer, feature, batches)
 
 
-def _run(
-    trainer: str, balancer: str, feature: Feature, batches: Sequence[int], rank: int, port: int, path: Path
-) -> None:
+def close() -> None:
+    """End all processes."""
+    while _POOLS:
+        _POOLS.popitem()[1].close()
+
+
+def reset_accelerate() -> None:
+    """Forget the global state of a training."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def _train(rank: int, size: int, trainer: str, balancer: str, feature: Feature, batches: Sequence[int]) -> Result:
     from tests.trainers.matrix import TRAINERS
 
-    torch.set_num_threads(1)
-    count = str(feature.processes)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"}
+    reset_accelerate()
+    return TRAINERS[trainer](balancer, feature, batches)
+
+
+def _as_torchrun(port: int, rank: int, size: int, store: str) -> None:
+    """What it puts into the environment; the trainers join the processes."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # By this Lightning recognises processes that it need not start itself.
     os.environ["TORCHELASTIC_RUN_ID"] = "tests"
-    result = TRAINERS[trainer](balancer, feature, batches)
-    torch.save(vars(result), path)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _free_port() -> int:

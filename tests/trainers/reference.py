@@ -185,7 +185,7 @@ class Reference:
             z = self.backbone(x)
             own = self.method.rotate(z)
             predictions = {task: head(z_t) for task, head, z_t in zip(TASKS, self.heads, own, strict=True)}
-            losses = [losses_of(predictions, labels)[task] for task in TASKS]
+            losses = self.mean_losses(predictions, labels)
         tasks = [task for task, loss in enumerate(losses) if loss is not None]
         values = torch.stack([losses[task].detach() for task in tasks]).requires_grad_()
         scalar = self.method.scalar(values, tasks)
@@ -209,6 +209,23 @@ class Reference:
         if own is not None:
             self._add([self.method.learned], [own], 1.0)
 
+    def mean_losses(self, predictions: dict[str, Tensor], labels: Sequence[Tensor]) -> list[Tensor | None]:
+        """Over the processes, each with its part of the rows; one in which a task is absent counts 0."""
+        count = self.feature.processes
+        means: list[Tensor | None] = [None] * len(TASKS)
+        for rank in range(count):
+            own = {task: prediction.chunk(count)[rank] for task, prediction in predictions.items()}
+            for task, loss in enumerate(losses_of(own, [label.chunk(count)[rank] for label in labels]).values()):
+                if loss is not None:
+                    means[task] = loss / count if means[task] is None else means[task] + loss / count
+        return means
+
+    def fill_with_zeros(self) -> None:
+        """As plain DDP does where a task is absent in all processes; momentum then moves its head."""
+        for parameter in self.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
     def _add(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], scale: float) -> None:
         """Add to the gradients what a batch's share of a step is."""
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -229,6 +246,8 @@ def train(balancer: str, feature: Feature, batches: Sequence[int] = BATCHES) -> 
     for number, batch in enumerate(make_loader(batches), start=1):
         reference.add_gradients(batch)
         if number % feature.accumulate == 0:
+            if feature.processes > 1 and not feature.unused:
+                reference.fill_with_zeros()
             if feature.clip is not None:
                 torch.nn.utils.clip_grad_norm_(reference.parameters(), feature.clip)
             reference.optimizer.step()

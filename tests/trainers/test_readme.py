@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.testing import assert_close
 
 from mtlwrap import MultiTaskModel
 from tests.test_readme import README, blocks
-from tests.trainers import table
+from tests.trainers import processes, table
 
 # What the recipe of a trainer imports, and no other.
 RECIPES = {
@@ -66,6 +66,38 @@ def test_recipe(trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     found = {name: value.cpu() for name, value in namespace["model"].state_dict().items()}
     assert_close(found, dict(expected.state_dict()), rtol=0, atol=0)
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "checkpoints"])
+
+
+def make_recipe_of_processes() -> dict[str, Any]:
+    """The recipe's function, a model, and a batch for each process: in the second nobody has a kind."""
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    for code in (block_with("from mtlwrap import IMTL, MultiTaskModel"), block_with(r"def train\(model, loader\)")):
+        exec(code, namespace)
+    torch.manual_seed(0)
+    backbone, heads = nn.Sequential(nn.Linear(16, 8), nn.Tanh()), {"kind": nn.Linear(8, 3), "size": nn.Linear(8, 1)}
+    namespace["model"] = MultiTaskModel(backbone, heads, balancer="imtl")
+    kinds = torch.randint(3, (5,)), torch.full((5,), -1)
+    namespace["batches"] = [(torch.randn(5, 16), kind, torch.randn(5, 1)) for kind in kinds]
+    return namespace
+
+
+def run_recipe(rank: int, size: int) -> dict[str, Tensor]:
+    recipe = make_recipe_of_processes()
+    recipe["train"](recipe["model"], [recipe["batches"][rank]])
+    return recipe["model"].state_dict()
+
+
+def test_recipe_of_processes() -> None:
+    first, second = processes.run("recipe", 2, run_recipe)
+    assert_close(first, second, rtol=0, atol=0)
+    recipe = make_recipe_of_processes()
+    model, (one, other) = recipe["model"], recipe["batches"]
+    optimizer = torch.optim.Adam(model.param_groups(lr=1e-3, balancer_lr=1e-2))
+    predictions = model(torch.cat([one[0], other[0]]))
+    kind = cross_entropy(predictions["kind"][:5], one[1]) / 2
+    model.backward({"kind": kind, "size": mse_loss(predictions["size"], torch.cat([one[2], other[2]]))})
+    optimizer.step()
+    assert_close(first, model.state_dict(), rtol=1e-5, atol=1e-7)
 
 
 def test_the_table_is_what_the_tests_declare() -> None:

@@ -37,7 +37,7 @@ def train(balancer: str, feature: Feature, batches: Sequence[int] = BATCHES) -> 
 
 def make_accelerator(feature: Feature) -> Accelerator:
     precision = {None: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[feature.autocast]
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]  # a task may be absent
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if feature.unused else []
     if feature.init_scale is not None:
         handlers.append(GradScalerKwargs(init_scale=feature.init_scale))
     return Accelerator(

@@ -6,7 +6,7 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, create_supervised_trainer
+from ignite.engine import create_supervised_trainer
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -15,7 +15,6 @@ from tests.common import DEVICE
 from tests.trainers.problem import (
     BATCHES,
     Feature,
-    Objective,
     Result,
     losses_of,
     make_loader,
@@ -39,32 +38,18 @@ def train(balancer: str, feature: Feature, batches: Sequence[int] = BATCHES) -> 
         "scaler": scaler or False,
         "gradient_accumulation_steps": feature.accumulate,
     }
-    if feature.processes > 1:
-        trainer = _in_processes(model, optimizer, options)
-    else:
-        trainer = create_supervised_trainer(
-            model,
-            optimizer,
-            lambda predictions, labels: model.scalarize(losses_of(predictions, labels)),
-            prepare_batch=_split,
-            model_fn=partial(_run, feature.autocast),
-            **options,
-        )
-    trainer.run(make_loader(batches, feature.processes, own_rank(feature)))
-    return result_of(model, None if scaler is None else scaler.get_scale())
-
-
-def _in_processes(model: MultiTaskModel, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> Engine:
-    """What is wrapped is the module whose forward returns the loss, so that only tasks that are there count as used."""
-    idist.initialize("gloo")
-    return create_supervised_trainer(
-        idist.auto_model(Objective(model), find_unused_parameters=True),
+    if feature.processes > 1 and not torch.distributed.is_initialized():
+        idist.initialize("gloo")
+    trainer = create_supervised_trainer(
+        idist.auto_model(model, find_unused_parameters=feature.unused) if feature.processes > 1 else model,
         optimizer,
-        lambda total, _: total,
-        prepare_batch=lambda batch, device, non_blocking: (batch, None),
-        model_fn=lambda objective, batch: objective(*batch)["loss"],
+        lambda predictions, labels: model.scalarize(losses_of(predictions, labels)),
+        prepare_batch=_split,
+        model_fn=partial(_run, feature.autocast),
         **options,
     )
+    trainer.run(make_loader(batches, feature.processes, own_rank(feature)))
+    return result_of(model, None if scaler is None else scaler.get_scale())
 
 
 def _clip(model: MultiTaskModel, norm: float, *_: Any) -> None:

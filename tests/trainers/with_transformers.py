@@ -56,7 +56,7 @@ def make_arguments(folder: str, feature: Feature) -> TrainingArguments:
         fp16=feature.autocast == torch.float16,
         gradient_accumulation_steps=feature.accumulate,
         max_grad_norm=feature.clip or 0.0,
-        ddp_find_unused_parameters=True,  # a task may be absent
+        ddp_find_unused_parameters=None if feature.unused else False,  # True if nothing is said
         use_cpu=DEVICE.type == "cpu",
         save_strategy="no",
         logging_strategy="no",
