@@ -77,6 +77,10 @@ Trainings = dict[str, Training]
 Left = dict[str, dict[str, Any]]
 
 
+# One of each kind of state.
+KINDS = ("imtl", "excess-mtl", "rotograd-norm", "grad-norm", "dwa", "famo", "rlw", "compose")
+
+
 def begun(wrap: str, ranks: range) -> Trainings:
     """Every balancer; one in exact mode too, whose schedule is state of the model and not of the balancer."""
     options: dict[str, Any] = {"process_group": None} if wrap == "alone" else {}
@@ -91,6 +95,8 @@ def begun(wrap: str, ranks: range) -> Trainings:
 def save(rank: int, size: int, wrap: str, folder: Path, last: int = STEPS, complete: bool = False) -> Left:
     """Train, save in both ways, train on; what that left."""
     trainings = begun(wrap, range(rank, rank + 1))
+    if complete:
+        trainings = {name: trainings[name] for name in KINDS}
     for training in trainings.values():
         training.train(0, SAVED_AFTER)
     states = {name: training.states(COMPLETE) for name, training in trainings.items()}
