@@ -89,8 +89,9 @@ class Peers:
         if process_group not in ("auto", None) and not is_group:
             raise TypeError(f"process_group: expected 'auto', a ProcessGroup or None, got {process_group!r}.")
         self._setting = process_group
-        self.ranks: Ranks | None = None
+        self._ranks: Ranks | None = None
         self._met: Any = None  # the group that these stand beside
+        self._world: Any = None  # and all processes at that time
         self._ddp: weakref.ref[Any] = weakref.ref(self)  # nothing of interest
         self._is_replicated = False
         # Whether each process holds a part of the parameters only; None before a forward.
@@ -105,6 +106,11 @@ class Peers:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Peers":
         return Peers(self._setting)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes, once they have met; None after their group was destroyed, when this one goes on alone."""
+        return self._ranks if self._ranks is not None and _world() is self._world else None
 
     @property
     def are_apart(self) -> bool:
@@ -125,8 +131,8 @@ class Peers:
         if self.ranks is not None and not (is_new and self._setting == "auto"):
             return
         group = self._setting if self._setting != "auto" else _group_of(ddp, model)
-        if group is not None and dist.get_world_size(group) > 1 and group is not self._met:
-            self.ranks, self._met = Ranks(group), group
+        if group is not None and dist.get_world_size(group) > 1 and (self.ranks is None or group is not self._met):
+            self._ranks, self._met, self._world = Ranks(group), group, _world()
 
     def check(self) -> None:
         """Refuse a training in which the processes do not make the same steps.
@@ -184,6 +190,10 @@ class Peers:
 def is_distributed() -> bool:
     """Whether this is one of several processes; torch.distributed can be missing from a build."""
     return dist.is_available() and dist.is_initialized()
+
+
+def _world() -> Any:
+    return dist.group.WORLD if is_distributed() else None
 
 
 def _enclosing_ddp() -> Any:

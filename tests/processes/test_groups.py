@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mtlwrap import MultiTaskModel, cached
 from tests.common import BALANCERS, make_input, make_losses
+from tests.processes.pool import Pool, join_gloo
 from tests.processes.training import FULL, UNEVEN, Spec, close, in_one, in_processes, losses_of, make, state_of, wrapped
 
 
@@ -227,3 +229,35 @@ def test_one_looks_at_its_gradients(pools):
     assert nothing is None
     check(left, in_one(2, Spec("imtl-g", steps=1))[0])
     close(left["weights"], other["weights"], 0.0, "weights")
+
+
+def _alone_again(rank: int, size: int, folder: str) -> list[Any]:
+    """Train together, alone, and together again, in groups that are made anew."""
+    left = []
+    for turn in range(2):
+        spec = Spec("imtl", present=[["abc", "a"]], steps=2)
+        left.append(in_processes(rank, size, spec)[-1]["weights"])
+        model = make(spec)
+        ddp = DistributedDataParallel(model)
+        model.backward(make_losses(ddp(spec.batch_of(0, rank))))
+        del ddp  # with its hooks
+        dist.destroy_process_group()
+        model.zero_grad()
+        model.backward(make_losses(model(spec.batch_of(0, rank))))
+        left.append(model.task_weights.clone())
+        join_gloo(rank, size, f"{folder}/{turn}")
+    return left
+
+
+def test_after_the_group_is_destroyed_each_goes_on_alone(tmp_path):
+    spec = Spec("imtl", present=[["abc", "a"]], steps=2)
+    together = in_one(2, spec)[-1]["weights"]
+    pool = Pool(2)  # whose groups nobody needs
+    found = pool.run(_alone_again, str(tmp_path))
+    pool.close()
+    for rank, (first, alone, again, _) in enumerate(found):
+        model = make(spec)
+        model.backward(make_losses(model(spec.batch_of(0, rank))))
+        close(first, together, 1e-9, "together")
+        close(again, together, 1e-9, "together again")
+        close(alone, model.task_weights, 1e-9, "alone")
