@@ -178,7 +178,8 @@ class MultiTaskModel(nn.Module):
         Args:
             losses: 0-dim tensors, a list in the tasks' order or a dict by task name, or one tensor ``[T]``. A task
                 whose loss is absent, None, or does not require grad takes no part: it has no gradient, no weight,
-                and the balancer's state for it does not move. If all are absent, ``backward`` does nothing. A task's
+                and the balancer's state for it does not move. (What an optimizer learns for it gets a gradient of zero,
+                with which momentum runs out.) If all are absent, ``backward`` does nothing. A task's
                 loss reads the prediction of its own head only.
             auxiliary: a 0-dim tensor that bypasses the balancing; its gradient is added as it is. It may read
                 predictions, also of several heads; then the heads are run backward twice. What is added to the total

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class Ranks:
-    """The processes that train a model together, in a group of their own: nothing else comes between its messages.
+    """The processes that train together, in a group of their own: nothing else comes between its messages.
 
     Made by all of them at the same point of their programs. Whoever waits for one that never comes gives up after the
     time-out of the group that this one stands beside.
@@ -132,7 +132,7 @@ class Peers:
             return
         group = self._setting if self._setting != "auto" else _group_of(ddp, model)
         if group is not None and dist.get_world_size(group) > 1 and (self.ranks is None or group is not self._met):
-            self._ranks, self._met, self._world = Ranks(group), group, _world()
+            self._ranks, self._met, self._world = _ranks_beside(group), group, _world()
 
     def check(self) -> None:
         """Refuse a training in which the processes do not make the same steps.
@@ -185,6 +185,17 @@ class Peers:
                 f"reads predictions run the heads backward twice, which {what} not allow. Use a plain "
                 "DistributedDataParallel, or a loss balancer."
             )
+
+
+# One for all models that train in a group: each group has threads that never rest.
+_ranks: "weakref.WeakKeyDictionary[Any, Ranks]" = weakref.WeakKeyDictionary()
+
+
+def _ranks_beside(group: "dist.ProcessGroup") -> Ranks:
+    known = _ranks.get(group)
+    if known is None:
+        known = _ranks[group] = Ranks(group)
+    return known
 
 
 def is_distributed() -> bool:
