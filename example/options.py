@@ -36,6 +36,12 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="where curves.png, weights.png, results.csv and weights.csv go; by default %(default)s",
     )
+    add(
+        "--report",
+        action="store_true",
+        help="also write, of the first seed, a run folder per balancer, FOLDER/runs/NAME, with report.html: which "
+        "tasks conflict, and what the balancer did; the time of a step then includes the statistics",
+    )
     return parser
 
 
