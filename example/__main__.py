@@ -1,13 +1,20 @@
-"""``python -m example``."""
+"""``python -m example``, and ``python -m example toy``."""
 
+import sys
 from contextlib import suppress
 
 if __name__ == "__main__":
     with suppress(KeyboardInterrupt):  # importing takes seconds, and so does drawing figures after a first Ctrl-C
         import torch
 
-        from example.compare import main
-
         # As fast as two for steps as small as these; on a busy machine two are far slower.
         torch.set_num_threads(1)
-        main()
+        # Each is imported where it is wanted: the toy needs neither the flights nor ignite.
+        if sys.argv[1:2] == ["toy"]:
+            from example.toy import main as toy
+
+            toy(sys.argv[2:])
+        else:
+            from example.compare import main
+
+            main()

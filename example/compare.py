@@ -4,6 +4,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 
@@ -11,9 +12,11 @@ from example.data import Flights, load
 from example.figures import curves_figure, weights_figure
 from example.methods import BASELINE, METHODS
 from example.options import argument_parser
-from example.results import Run, scores_frame, summarise, weights_frame
+from example.results import Run, final_metrics, scores_frame, summarise, weights_frame
 from example.tables import results_table
 from example.training import fit
+from mtlwrap.report import Run as Details
+from mtlwrap.report import write_report
 
 CAPTION = (
     "Metrics: mean over the seeds, higher is better. Δm: by how much the metrics are better than under single-task "
@@ -40,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
     except KeyboardInterrupt:
         console.print("Interrupted. What follows is of the trainings that were finished.")
     report(runs, options.output, console)
+    if options.report:
+        write_reports([run for run in runs if run.seed == options.seeds[0]], options, console)
     return runs
 
 
@@ -66,9 +71,31 @@ def train(name: str, seed: int, training: Flights, validation: Flights, options:
             batch_size=options.batch_size,
             seed=seed,
             description=f"seed {seed}, {name} {number}/{len(method.groups)}",
+            folder=run_folder(options, name) if options.report and seed == options.seeds[0] else None,
         )
         runs.append(Run(name, seed, trained))
     return runs
+
+
+def run_folder(options: argparse.Namespace, method: str) -> Path | None:
+    """Where a balancer's statistics go; a task that is trained alone disagrees with nobody."""
+    folder: Path = options.output / "runs" / method
+    return None if method == BASELINE else folder
+
+
+def write_reports(runs: Sequence[Run], options: argparse.Namespace, console: Console) -> None:
+    """A page for each balancer, in its run folder."""
+    single = {task: of for run in runs if run.method == BASELINE for task, of in final_metrics(run).items()}
+    plain = next((median(run.trained.seconds) for run in runs if run.method == "equal"), None)
+    for run in runs:
+        folder = run_folder(options, run.method)
+        if folder is not None:
+            balancer = f"{run.method} ({type(run.trained.model.balancer).__name__})"
+            seconds = median(run.trained.seconds)
+            Details(balancer, final_metrics(run), single, {}, seconds, plain).save(folder)
+            console.print(
+                f"What the tasks did to each other under {run.method}: {write_report(folder)}", soft_wrap=True
+            )
 
 
 def report(runs: Sequence[Run], output: Path, console: Console) -> None:

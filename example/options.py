@@ -1,12 +1,11 @@
 """The command line's options, each refused at once if it cannot be."""
 
 import argparse
-import tempfile
-from pathlib import Path
 
 import torch
 
 from example.methods import BASELINE, METHODS
+from example.output import folder
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -14,6 +13,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m example",
         description="Four tasks on flights, under every balancer and each alone. Ctrl-C ends it with what it has.",
+        epilog="python -m example toy: two tasks on a representation of two numbers, as an animation.",
     )
     add = parser.add_argument
     add(
@@ -35,6 +35,12 @@ def argument_parser() -> argparse.ArgumentParser:
         default="example-results",
         metavar="FOLDER",
         help="where curves.png, weights.png, results.csv and weights.csv go; by default %(default)s",
+    )
+    add(
+        "--report",
+        action="store_true",
+        help="also write, of the first seed, a run folder per balancer, FOLDER/runs/NAME, with report.html: which "
+        "tasks conflict, and what the balancer did; the time of a step then includes the statistics",
     )
     return parser
 
@@ -63,14 +69,3 @@ def device(text: str) -> torch.device:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise argparse.ArgumentTypeError(f"cannot compute on {text!r}: {reason}") from error
     return torch.device(text)
-
-
-def folder(text: str) -> Path:
-    """A folder that can be written to, made if need be: better known before the training than after it."""
-    path = Path(text)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot write to {text!r}: {error.strerror}") from error
-    return path

@@ -20,6 +20,11 @@ class Run:
     trained: Trained
 
 
+def final_metrics(run: Run) -> dict[str, dict[str, float]]:
+    """The metrics after the last epoch, by task and then by name."""
+    return {task: {TASKS[task].metric_name: score} for task, score in run.trained.scores[-1].items()}
+
+
 def scores_frame(runs: Sequence[Run]) -> pd.DataFrame:
     """A row per method, seed, task and epoch, with the metric and the network's median time for a step.
 

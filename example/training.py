@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 from example.data import Batch, Flights
 from mtlwrap import Balancer, MultiTaskModel, cached
+from mtlwrap.report import Recorder
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def task_losses(predictions: Mapping[str, Tensor], labels: Mapping[str, Tensor])
     return {task: TASKS[task].loss(p, y) if y.numel() else None for task, (p, y) in pairs.items()}
 
 
-def create_trainer(model: MultiTaskModel, optimizer: torch.optim.Optimizer) -> Engine:
+def create_trainer(model: MultiTaskModel, optimizer: torch.optim.Optimizer, recorder: Recorder | None = None) -> Engine:
     """An engine that takes a balanced step per batch; its output is the losses of the tasks that took part."""
 
     def step(_: Engine, batch: Batch) -> dict[str, Tensor]:
@@ -84,6 +86,8 @@ def create_trainer(model: MultiTaskModel, optimizer: torch.optim.Optimizer) -> E
             predictions = model(features)
             losses = task_losses(predictions, labels)
             model.backward(losses)
+            if recorder is not None:
+                recorder.record(losses)
         optimizer.step()
         # Tensors and not numbers: for each number the host would have to wait for the device once more.
         return {task: loss.detach() for task, loss in losses.items() if loss is not None}
@@ -117,15 +121,20 @@ def fit(
     batch_size: int,
     seed: int,
     description: str | None = None,
+    folder: Path | None = None,
 ) -> Trained:
-    """Train a new network on these tasks and evaluate it after every epoch; the seed draws weights and order."""
+    """Train a new network on these tasks and evaluate it after every epoch; the seed draws weights and order.
+
+    With a folder, what the tasks do to each other is written there, for :mod:`mtlwrap.report`.
+    """
     torch.manual_seed(seed)
     model = network(training.features.shape[1], tasks, balancer).to(training.features.device)
     optimizer = torch.optim.Adam(model.param_groups(lr=1e-2, balancer_lr=balancer_lr), fused=True)
     batches = training.batches(batch_size, shuffle_seed=seed)
     # So short a training is mostly noise at its end unless the learning rate goes down to 0.
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(batches))
-    trainer, evaluator = create_trainer(model, optimizer), create_evaluator(model)
+    recorder = None if folder is None else Recorder(folder, model)
+    trainer, evaluator = create_trainer(model, optimizer, recorder), create_evaluator(model)
     trained, timer = Trained(model), Timer()
     timer.attach(trainer, start=Events.ITERATION_STARTED, pause=Events.ITERATION_COMPLETED)
     # Drawing the bar in every step would take longer than the step; disable=None: none where there is no terminal.
@@ -145,5 +154,9 @@ def fit(
         evaluator.run(validation.batches(4096))
         trained.scores.append(dict(evaluator.state.metrics))
 
-    trainer.run(batches, max_epochs=epochs)
+    try:
+        trainer.run(batches, max_epochs=epochs)
+    finally:
+        if recorder is not None:
+            recorder.close()
     return trained

@@ -206,6 +206,16 @@ class TestRun:
             assert picture.shape[1] == 1350
             assert picture.std() > 0.01  # not blank
 
+    def test_reports_of_the_first_seed(self, run, tmp_path, capsys):
+        again = main([*command(tmp_path, ["single", "equal"]), "--report"])
+        expected = [one.trained.scores for one in run[0] if one.method in METHODS[:2]]
+        assert [one.trained.scores for one in again] == expected
+        assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["equal"]
+        page = (tmp_path / "runs" / "equal" / "report.html").read_text(encoding="utf-8")
+        assert all(f"“{task}”" in page for task in training.TASKS)
+        assert "Δm = " in page
+        assert "report.html" in capsys.readouterr().out
+
     def test_again_gives_the_same_to_the_bit_and_not_because_of_the_other_methods(self, run, tmp_path):
         first, again = run[0], main(command(tmp_path, ["equal", "equal"], [4, 4]))
         (one,) = again

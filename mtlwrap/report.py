@@ -1,0 +1,471 @@
+"""A report on what the tasks of a training did to each other: ``python -m mtlwrap.report RUN_FOLDER``.
+
+A run folder holds ``statistics.csv``, as :class:`Recorder` or :class:`mtlwrap.ignite.CSVLogger` with
+:class:`mtlwrap.ignite.BalancerStatistics` writes it, and, if there is more to tell, ``run.json``: see :class:`Run`. The
+page is one HTML file that loads nothing; it says the findings first, and shows the figures below. Figures need
+matplotlib, ``mtlwrap[plot]``.
+"""
+
+import argparse
+import base64
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
+from itertools import combinations, pairwise
+from pathlib import Path
+from string import Template
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtlwrap.model import MultiTaskModel
+from mtlwrap.records import Recorded, Records, mean, signed
+
+STATISTICS, DETAILS, PAGE = "statistics.csv", "run.json", "report.html"
+# A mean cosine this close to 0 is neither agreement nor conflict.
+_NEUTRAL = 0.05
+# A conflict below that is still one if it is there in so many of the records.
+_STEADY = 0.75
+_PARTS = ("first", "second", "last")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a training besides its statistics; all of it can be left out.
+
+    Attributes:
+        balancer: what balanced the tasks, in words.
+        metrics: each task's metrics at the end, by task and then by name.
+        single: the same of each task trained alone.
+        higher_is_better: for each metric's name whether higher is better; where it is not said, it is.
+        seconds_per_step: the time of a step.
+        plain_seconds_per_step: the time of a step under a plain sum of the losses.
+    """
+
+    balancer: str = "the balancer"
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    single: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    higher_is_better: Mapping[str, bool] = field(default_factory=dict)
+    seconds_per_step: float | None = None
+    plain_seconds_per_step: float | None = None
+
+    def save(self, folder: str | Path) -> None:
+        """Write it into a run folder."""
+        (Path(folder) / DETAILS).write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Run":
+        """Read it from a run folder; nothing is known where there is none.
+
+        Raises:
+            ValueError: it is no JSON object, or has other entries.
+        """
+        file = Path(folder) / DETAILS
+        if not file.exists():
+            return cls()
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, TypeError) as error:
+            wanted = ", ".join(cls.__dataclass_fields__)
+            raise ValueError(f"{file}: expected a JSON object with entries of {wanted}; {error}.") from error
+
+
+class Recorder:
+    """Writes a run folder's statistics from a training loop of one's own; in ignite's, its loggers do.
+
+    The same columns as :class:`mtlwrap.ignite.BalancerStatistics`: means over n steps. The device's numbers are read
+    all at once in every n-th step.
+
+    Args:
+        folder: the run folder, made if need be; its statistics are replaced.
+        model: the model.
+        every: n.
+
+    Raises:
+        TypeError: ``model`` is no :class:`~mtlwrap.MultiTaskModel`.
+        ValueError: ``every`` is no positive int.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from torch import nn
+        >>> from mtlwrap import IMTLG, MultiTaskModel, cached
+        >>> model = MultiTaskModel(nn.Linear(3, 4), {"a": nn.Linear(4, 1), "b": nn.Linear(4, 1)}, IMTLG())
+        >>> with tempfile.TemporaryDirectory() as folder, Recorder(folder, model, every=2) as recorder:
+        ...     for _ in range(4):
+        ...         with cached():
+        ...             losses = {task: y.square().mean() for task, y in model(torch.randn(8, 3)).items()}
+        ...             model.backward(losses)
+        ...             recorder.record(losses)
+        ...     Records.read(recorder.folder / "statistics.csv").steps
+        [2.0, 4.0]
+    """
+
+    def __init__(self, folder: str | Path, model: MultiTaskModel, every: int = 10) -> None:
+        if not isinstance(model, MultiTaskModel):
+            raise TypeError(f"model: expected a MultiTaskModel, got {type(model).__name__}.")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every: expected a positive int, got {every!r}.")
+        self.folder, self.model, self.every = Path(folder), model, every
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._step = 0
+        self._rows: list[Tensor] = []
+        tasks = model.tasks
+        names = [f"{what}/{task}" for what in ("loss", "weight", "norm") for task in tasks]
+        names += [*(f"cosine/{a}/{b}" for a, b in combinations(tasks, 2)), "conflicts"]
+        self._file = (self.folder / STATISTICS).open("w", newline="", encoding="utf-8")
+        self._writer = csv.writer(self._file)
+        self._writer.writerow(["step", *names])
+
+    def record(self, losses: Mapping[str, Tensor | None]) -> None:
+        """Note a step, after its backward and inside its :func:`~mtlwrap.cached`; absent tasks may be left out."""
+        self._step += 1
+        self._rows.append(self._numbers(losses))
+        if self._step % self.every == 0:
+            self._write()
+
+    def close(self) -> None:
+        """Write what is left, and close the file."""
+        if not self._file.closed:
+            self._write()
+            self._file.close()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @torch.no_grad()
+    def _numbers(self, losses: Mapping[str, Tensor | None]) -> Tensor:
+        model, gradients = self.model, self.model.task_gradients
+        count = len(model.tasks)
+        given = [losses.get(task) for task in model.tasks]
+        like = next((loss.detach() for loss in given if loss is not None), torch.zeros(()))
+        nothing = like.new_full((count,), math.nan)
+        parts = [torch.stack([nothing[0] if loss is None else loss.detach().to(like) for loss in given])]
+        absent = parts[0].isnan()
+        weights = model.task_weights if any(loss is not None for loss in given) else None
+        parts.append(nothing if weights is None else torch.where(absent, math.nan, weights.to(like)))
+        if gradients is None:
+            parts.append(like.new_full((count + count * (count - 1) // 2 + 1,), math.nan))
+        else:
+            first, second = torch.triu_indices(count, count, 1, device=gradients.active.device)
+            cosines = gradients.cosines[first, second]
+            both = gradients.active[first] & gradients.active[second] & gradients.finite
+            parts.append(torch.where(gradients.active & gradients.finite, gradients.norms, math.nan))
+            parts.append(torch.where(both, cosines, math.nan))
+            parts.append(torch.where(gradients.finite, (cosines < 0).any().to(cosines), math.nan).reshape(1))
+        return torch.cat([part.to(like) for part in parts])
+
+    def _write(self) -> None:
+        if self._rows:
+            means = torch.stack(self._rows).double().nanmean(0).tolist()
+            self._writer.writerow([self._step, *("" if math.isnan(number) else repr(number) for number in means)])
+            self._file.flush()
+            self._rows = []
+
+
+def findings(records: Recorded, run: Run | None = None) -> dict[str, list[str]]:
+    r"""What the statistics say, as sentences under headings.
+
+    Two tasks conflict where the cosine of their gradients on the shared representation is below 0: what helps one then
+    harms the other. Who disagrees most is the pair of the lowest mean cosine over the training; when, that third of it
+    in which their mean is lowest.
+
+    Args:
+        records: rows, columns, a DataFrame or :class:`~mtlwrap.records.Records`.
+        run: what else is known.
+
+    Raises:
+        TypeError, ValueError: as :meth:`~mtlwrap.records.Records.of` does.
+
+    Example:
+        >>> rows = [{"step": s, "weight/a": 1.0, "weight/b": 0.5, "cosine/a/b": -s / 10} for s in (1, 2, 3)]
+        >>> findings(rows)["Which tasks disagree, and when"][1]
+        'It was lowest in the last third, steps 3 to 3; from third to third it went from -0.10 to -0.20 to -0.30.'
+    """
+    known, details = Records.of(records), run or Run()
+    return {
+        "Which tasks disagree, and when": _disagreement(known),
+        f"What {details.balancer} did about it": _decision(known),
+        "What a step cost": _cost(details),
+        "Against each task trained alone": _alone(details),
+    }
+
+
+def report(records: Recorded, run: Run | None = None, *, title: str = "What the tasks did to each other") -> str:
+    """The page, as one string of HTML: :func:`findings`, then tables and the figures of :mod:`mtlwrap.plotting`.
+
+    Args:
+        records: rows, columns, a DataFrame or :class:`~mtlwrap.records.Records`.
+        run: what else is known.
+        title: of the page.
+
+    Raises:
+        TypeError, ValueError: as :func:`findings` does.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> page = report([{"step": 1, "weight/a<b>": 1.0, "weight/c": 0.5}])
+        >>> "a&lt;b&gt;" in page, "a<b>" in page
+        (True, False)
+    """
+    known, details = Records.of(records), run or Run()
+    sentences = "\n".join(
+        f"<h2>{escape(heading)}</h2>\n" + "\n".join(f"<p>{escape(text)}</p>" for text in texts)
+        for heading, texts in findings(known, details).items()
+    )
+    about = f"{details.balancer}; {len(known.tasks)} tasks: {', '.join(known.tasks)}; {known.steps[-1]:g} steps."
+    return _TEMPLATE.substitute(
+        title=escape(title),
+        about=escape(about),
+        sentences=sentences,
+        tables=_pairs_table(known) + _metrics_table(details),
+        figures="\n".join(_figures(known)),
+    )
+
+
+def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Read a run folder and write its page, by default ``report.html`` in it; returns where.
+
+    Raises:
+        OSError: the folder has no ``statistics.csv``, or the page cannot be written.
+        ValueError: what is in it cannot be read.
+    """
+    folder = Path(folder)
+    page = report(Records.read(folder / STATISTICS), Run.load(folder))
+    target = folder / PAGE if output is None else Path(output)
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m mtlwrap.report``."""
+    parser = argparse.ArgumentParser("python -m mtlwrap.report", description="A report on a training's conflicts.")
+    parser.add_argument("folder", metavar="RUN_FOLDER", help=f"with {STATISTICS} and, if there is more, {DETAILS}")
+    parser.add_argument("--output", metavar="FILE", help=f"by default {PAGE} in the folder")
+    options = parser.parse_args(arguments)
+    try:
+        print(f"The report is {write_report(options.folder, options.output)}.")
+    except (OSError, ValueError, ImportError) as error:
+        parser.error(str(error))
+
+
+def _disagreement(known: Records) -> list[str]:
+    if not known.cosines:
+        return ["No cosines of the tasks' gradients were recorded, so nothing can be said about conflicts."]
+    means = {pair: mean(values) for pair, values in known.cosines.items()}
+    pairs = sorted(means, key=means.__getitem__)
+    values = known.cosines[pairs[0]]
+    names, lowest = _pair(pairs[0]), means[pairs[0]]
+    share = mean([value < 0 for value in values if math.isfinite(value)])
+    numbers = f"the mean cosine of their gradients is {signed(lowest)}, and it was below 0 in {100 * share:.0f} %"
+    if lowest < -_NEUTRAL:
+        texts = [f"{names} conflict most: {numbers} of the records."]
+    elif lowest < 0 and share >= _STEADY:
+        texts = [f"{names} conflict most, weakly but steadily: {numbers} of the records."]
+    elif lowest < _NEUTRAL:
+        texts = [f"No two tasks conflict on average. {names} agree least: {numbers} of the records."]
+    else:
+        texts = [f"The tasks agree. Even {names} do, who agree least: {numbers} of the records."]
+    texts += _when(known.steps, values)
+    texts += [f"After them come {_pair(pair)} ({signed(means[pair])})." for pair in pairs[1:2]]
+    if len(pairs) > 1:
+        texts.append(f"{_pair(pairs[-1])} agree best ({signed(means[pairs[-1]])}).")
+    if math.isfinite(mean(known.conflicts)):
+        texts.append(
+            f"In {100 * mean(known.conflicts):.0f} % of the steps at least two tasks pulled against each other."
+        )
+    return texts
+
+
+def _when(steps: Sequence[float], values: Sequence[float]) -> list[str]:
+    """In which third of the training a pair is worst; nothing of fewer records than thirds."""
+    if len(steps) < len(_PARTS):
+        return []
+    cuts = [round(len(steps) * part / len(_PARTS)) for part in range(len(_PARTS) + 1)]
+    thirds = [mean(values[start:end]) for start, end in pairwise(cuts)]
+    if not all(map(math.isfinite, thirds)):
+        return []
+    worst = min(range(len(thirds)), key=thirds.__getitem__)
+    start = steps[cuts[worst] - 1] + 1 if cuts[worst] else 1
+    course = " to ".join(map(signed, thirds))
+    where = f"in the {_PARTS[worst]} third, steps {start:g} to {steps[cuts[worst + 1] - 1]:g}"
+    return [f"It was lowest {where}; from third to third it went from {course}."]
+
+
+def _decision(known: Records) -> list[str]:
+    texts = []
+    weights = {task: mean(values) for task, values in known.weights.items()}
+    if len(weights) < 2:
+        texts.append("No weights of several tasks were recorded: its decision may be no weighting of gradients.")
+    elif max(weights.values()) - min(weights.values()) <= 1e-6 * max(map(abs, weights.values())):
+        texts.append(f"Nothing: every task's gradient had the weight {max(weights.values()):.3g} on average.")
+    else:
+        most, least = max(weights, key=weights.__getitem__), min(weights, key=weights.__getitem__)
+        texts.append(
+            f"It gave “{most}” the largest weight, {weights[most]:.3g} on average, and “{least}” the smallest, "
+            f"{weights[least]:.3g}."
+        )
+        texts += [_course(task, known.weights[task]) for task in (most, least) if len(known.steps) > 2]
+    norms = {task: mean(values) for task, values in known.norms.items()}
+    if len(norms) > 1:
+        most, least = max(norms, key=norms.__getitem__), min(norms, key=norms.__getitem__)
+        ratio = f", {norms[most] / norms[least]:.3g} times that of “{least}”" if norms[least] > 0 else ""
+        texts.append(f"Before weighing, “{most}” had the longest gradient on average{ratio}.")
+    return texts
+
+
+def _course(task: str, values: Sequence[float]) -> str:
+    third = max(1, len(values) // 3)
+    first, last = mean(values[:third]), mean(values[-third:])
+    return f"The weight of “{task}” went from {first:.3g} in the first third to {last:.3g} in the last."
+
+
+def _cost(run: Run) -> list[str]:
+    if run.seconds_per_step is None:
+        return ["The time of a step was not recorded."]
+    text = f"A step took {1000 * run.seconds_per_step:.3g} ms"
+    if run.plain_seconds_per_step is None:
+        return [f"{text}; there is no plain sum to compare it with."]
+    ratio = run.seconds_per_step / run.plain_seconds_per_step
+    return [f"{text}, {ratio:.2f} times the {1000 * run.plain_seconds_per_step:.3g} ms of a plain sum of the losses."]
+
+
+def _alone(run: Run) -> list[str]:
+    rows = [row for row in _comparison(run) if math.isfinite(row[-1])]
+    if not rows:
+        return ["There are no results of single-task training to compare with."]
+    by_task: dict[str, list[float]] = {}
+    for task, *_, change in rows:
+        by_task.setdefault(task, []).append(change)
+    total = mean([mean(changes) for changes in by_task.values()])
+    word = "better" if total >= 0 else "worse"
+    texts = [
+        f"Trained together the tasks are {abs(total):.1f} % {word} than each alone, on average (Δm = {total:+.1f} %)."
+    ]
+    for task, name, here, single, change in rows:
+        word = "better" if change >= 0 else "worse"
+        texts.append(f"“{task}”: {name} {here:.4g} here, {single:.4g} alone, {abs(change):.1f} % {word}.")
+    return texts
+
+
+def _comparison(run: Run) -> list[tuple[str, str, float, float, float]]:
+    """Task, metric, here, alone, and how much better in percent."""
+    rows = []
+    for task, metrics in run.metrics.items():
+        for name, here in metrics.items():
+            single = run.single.get(task, {}).get(name, math.nan)
+            sign = 1 if run.higher_is_better.get(name, True) else -1
+            change = 100 * sign * (here - single) / abs(single) if single else math.nan
+            rows.append((task, name, here, single, change))
+    return rows
+
+
+def _pair(pair: tuple[str, str]) -> str:
+    return f"“{pair[0]}” and “{pair[1]}”"
+
+
+def _pairs_table(known: Records, most: int = 10) -> str:
+    means = sorted((mean(values), pair) for pair, values in known.cosines.items())[:most]
+    rows = [
+        [*pair, signed(value), f"{100 * mean([v < 0 for v in known.cosines[pair] if math.isfinite(v)]):.0f} %"]
+        for value, pair in means
+    ]
+    return _table("Pairs, most conflict first", ["task", "task", "mean cosine", "records below 0"], rows)
+
+
+def _metrics_table(run: Run) -> str:
+    rows = [
+        [task, name, *("-" if math.isnan(number) else f"{number:.4g}" for number in (here, alone)), _percent(change)]
+        for task, name, here, alone, change in _comparison(run)
+    ]
+    return _table("Metrics", ["task", "metric", "this run", "alone", "change"], rows)
+
+
+def _percent(number: float) -> str:
+    return "-" if math.isnan(number) else f"{number:+.1f} %"
+
+
+def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><caption>{escape(caption)}</caption>\n<tr>{head}</tr>\n{body}\n</table>\n"
+
+
+def _figures(known: Records) -> list[str]:
+    from mtlwrap import plotting  # here, so that findings and Recorder need no matplotlib
+
+    wanted: list[tuple[bool, Callable[[Recorded], Any], str]] = [
+        (bool(known.cosines), plotting.cosines_figure, "Cosines of every two tasks' gradients, and their change."),
+        (bool(known.cosines), plotting.conflicts_figure, "How the cosines of the pairs that disagree most are spread."),
+        (bool(known.weights), plotting.weights_figure, "The tasks' weights over the training steps."),
+        (bool(known.norms), plotting.norms_figure, "The norms of the tasks' gradients over the training steps."),
+    ]
+    return [_image(make(known), caption) for there, make, caption in wanted if there]
+
+
+def _image(figure: Any, caption: str) -> str:
+    import matplotlib as mpl
+
+    buffer = io.BytesIO()
+    # Without a date and with names that are not drawn by chance: the same records make the same page.
+    with mpl.rc_context({"svg.hashsalt": "mtlwrap"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    data = base64.b64encode(buffer.getvalue()).decode()
+    text = escape(caption)
+    return f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>'
+
+
+_TEMPLATE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; }
+body { font: 17px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem;
+       color: #1a1a1a; background: #ffffff; }
+h1 { line-height: 1.2; margin-bottom: 0.2rem; }
+h2 { font-size: 1.2rem; margin: 1.6rem 0 0.3rem; }
+p { margin: 0.3rem 0; }
+.about { color: #555555; }
+table { border-collapse: collapse; margin: 1.5rem 0; }
+caption { text-align: left; font-weight: bold; padding: 0.3rem 0; }
+th, td { text-align: left; padding: 0.2rem 1rem 0.2rem 0; border-bottom: 1px solid #bbbbbb; overflow-wrap: anywhere; }
+figure { margin: 1.5rem 0; }
+img { max-width: 100%; height: auto; background: #ffffff; }
+@media (prefers-color-scheme: dark) {
+  body { color: #e8e8e8; background: #16181c; }
+  .about { color: #aaaaaa; }
+}
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<p class="about">$about</p>
+$sentences
+$tables
+<h2>How to read the figures</h2>
+<p>The gradients are those on the representation that the tasks share. A cosine of 1: the tasks want the
+same; of 0: they do not mind each other; below 0: what helps one harms the other. Over a whole batch cosines are small
+even where two tasks disagree on many samples: look at their signs, and compare the pairs.</p>
+$figures
+</body>
+</html>
+""")
+
+if __name__ == "__main__":
+    main()
