@@ -25,7 +25,8 @@ class Walk:
             node, output = stack.pop()
             kind = getattr(type(node), "_forward_cls", None)
             if kind is PredictionsNode:  # connects for the backward pass what has nothing to do with each other
-                stack.append(node.next_functions[output])  # type: ignore[arg-type]  # a prediction has a graph
+                if output < len(node.connection.tasks):  # type: ignore[attr-defined]  # behind them is the token
+                    stack.append(node.next_functions[output])  # type: ignore[arg-type]  # a prediction has a graph
                 continue
             state = node.state if kind is ForkNode else None  # type: ignore[attr-defined]
             if state is not None and state.owner() is owner:

@@ -261,3 +261,19 @@ def test_after_the_group_is_destroyed_each_goes_on_alone(tmp_path):
         close(first, together, 1e-9, "together")
         close(again, together, 1e-9, "together again")
         close(alone, model.task_weights, 1e-9, "alone")
+
+
+def _two_models(rank: int, size: int, spec: Spec) -> Any:
+    outer, inner = make(spec), make(spec)
+    both = DistributedDataParallel(nn.ModuleList([outer, inner]).requires_grad_(True))
+    x = spec.batch_of(0, rank)
+    # Under the wrapper's forward, as a module that holds both would call them.
+    with both._inside_ddp_forward():
+        first, second = outer(x), inner(x)
+    outer.backward(make_losses(first), auxiliary=inner.scalarize(make_losses(second)))
+    return outer.task_weights.clone()
+
+
+def test_the_total_of_one_model_in_that_of_another(pools):
+    for weights in pools[2].run(_two_models, Spec("equal")):
+        assert weights.tolist() == [1.0, 1.0, 1.0]
