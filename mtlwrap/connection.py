@@ -1,12 +1,13 @@
 """Connects all predictions of a forward, so that a backward pass of several processes runs the same on each."""
 
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mtlwrap.aliases import alias
-from mtlwrap.passes import Pass, graph_task_id, remember
+from mtlwrap.passes import Pass, graph_task_id, keeps_graph, remember
 from mtlwrap.structure import differentiable_tensors, replace_tensors
 from mtlwrap.surroundings import opaque, transforming
 
@@ -16,10 +17,14 @@ class Connection:
 
     Attributes:
         tasks: the task of each prediction that has a gradient.
+        is_ordered: whether a total was made of its losses.
+        is_spent: whether a backward pass has freed its graph.
     """
 
     def __init__(self, tasks: tuple[int, ...]) -> None:
         self.tasks = tasks
+        self.is_ordered = False
+        self.is_spent = False
         self._passes: dict[int, Pass] = {}
 
     def leave(self, running: Pass) -> None:
@@ -57,6 +62,7 @@ class PredictionsNode(torch.autograd.Function):
     @staticmethod
     @opaque
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        ctx.connection.is_spent = not keeps_graph()
         found = zip(gradients, ctx.connection.awaited(), ctx.forms, strict=False)  # behind them is the token's
         returned = [_zeros(*form) if g is None and awaited else g for g, awaited, form in found]
         return (None, *returned, *[None] * ctx.num_parameters)
@@ -69,13 +75,15 @@ def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tenso
 
 @opaque
 def connect(
-    predictions: dict[int, Any], parameters: list[nn.Parameter]
+    predictions: dict[int, Any], visible: dict[int, list[Tensor]], parameters: list[nn.Parameter]
 ) -> tuple[dict[int, Any], Connection | None, Tensor | None]:
     """The predictions, connected, their connection and its token; neither if none has a gradient.
 
-    What a head returns in a container of unknown type stays as it is.
+    Args:
+        predictions: what the heads returned.
+        visible: the tensors in them; what a head returned in a container of unknown type stays as it is.
+        parameters: what else the backward pass must come by in every process.
     """
-    visible = {task: found for task, prediction in predictions.items() if (found := _found(prediction)) is not None}
     tensors: dict[int, tuple[Tensor, int]] = {}
     for task, found in visible.items():
         for tensor in found:
@@ -97,8 +105,10 @@ def connect(
     return rebuilt, connection, token
 
 
-def _found(prediction: Any) -> list[Tensor] | None:
-    try:
-        return differentiable_tensors(prediction)
-    except TypeError:  # a container that cannot be rebuilt
-        return None
+def visible_tensors(predictions: dict[int, Any]) -> dict[int, list[Tensor]]:
+    """The floating-point tensors of each prediction, but for those in a container that cannot be rebuilt."""
+    visible = {}
+    for task, prediction in predictions.items():
+        with suppress(TypeError):
+            visible[task] = differentiable_tensors(prediction)
+    return visible

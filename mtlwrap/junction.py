@@ -2,7 +2,8 @@
 
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -11,27 +12,52 @@ from torch import Tensor, nn
 
 from mtlwrap.aliases import each_its_own
 from mtlwrap.balancers.base import Balancer
-from mtlwrap.connection import Connection, connect
+from mtlwrap.connection import Connection, connect, visible_tensors
 from mtlwrap.decision import decide
 from mtlwrap.exact import Exact
+from mtlwrap.heads import Heads
+from mtlwrap.losses import Losses, checked_auxiliary, collect
 from mtlwrap.nodes import ForkNode, ForkState, LossesNode, ScalarNode, vector_of
 from mtlwrap.outcome import Report
 from mtlwrap.passes import Order
 from mtlwrap.probe import check_repeatable, check_whole
-from mtlwrap.processes import Peers
+from mtlwrap.processes import NOTHING_TO_TRAIN, Peers
 from mtlwrap.step import current_scope
 from mtlwrap.structure import differentiable_tensors
 from mtlwrap.surroundings import opaque, transforming
 from mtlwrap.walk import Walk
 
 
-class _Waiting(NamedTuple):
+class _Connected(NamedTuple):
     """A forward whose predictions are connected: of which tasks, how, by what token, from which fork, if any."""
 
     tasks: frozenset[int]
     connection: Connection
     token: Tensor
     fork: "weakref.ref[ForkState] | None"
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether a backward pass has freed its graph."""
+        fork = None if self.fork is None else self.fork()
+        return self.connection.is_spent or (fork is not None and fork.spent)
+
+
+class _Found(NamedTuple):
+    """What a total is to run backward: the forks, the connections of forwards, their tokens.
+
+    Attributes:
+        is_joint: whether tasks have forwards of their own.
+    """
+
+    forks: list[ForkState]
+    connections: list[Connection]
+    tokens: list[Tensor]
+    is_joint: bool
+
+    @property
+    def stations(self) -> list[ForkState | Connection]:
+        return [*self.forks, *self.connections]
 
 
 class Junction:
@@ -58,8 +84,8 @@ class Junction:
         self._detached: set[int] = set()
         # Whether the graph of exact gradients was looked at.
         self._seen_exact = False
-        # Forwards whose predictions are connected, until they are scalarized.
-        self._waiting: list[_Waiting] = []
+        # Forwards whose predictions are connected, until others take their place.
+        self._connected: list[_Connected] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Forks belong to graphs, and a copy of a model has none yet.
@@ -140,99 +166,159 @@ class Junction:
         self.peers.meet(model)
 
     @opaque
-    def connect(self, predictions: dict[int, Any], balancer: Balancer) -> dict[int, Any]:
+    def connect(self, predictions: dict[int, Any], balancer: Balancer, heads: Heads) -> dict[int, Any]:
         """With several processes, the predictions connected: whichever losses a process has, it runs every head."""
         if self.peers.ranks is None or not torch.is_grad_enabled():
             return predictions
-        connected, connection, token = connect(predictions, [p for p in balancer.parameters() if p.requires_grad])
+        found = visible_tensors(predictions)
+        others = [p for p in balancer.parameters() if p.requires_grad]
+        for task in predictions.keys() - found.keys():
+            out_of_sight = [p for p in heads[task].parameters() if p.requires_grad]
+            if out_of_sight and self.peers.is_sharded:
+                raise TypeError(
+                    f"The head of task {self.tasks[task]!r} returned a {type(predictions[task]).__name__}, which hides "
+                    "its tensors. With sharded parameters every process has to run every head backward: return "
+                    "tensors, in containers that can be rebuilt, and make the object of them in the loss."
+                )
+            others += out_of_sight
+        connected, connection, token = connect(predictions, found, others)
         if connection is not None and token is not None:
-            tasks = frozenset(predictions)
+            tasks, fork = frozenset(predictions), self._alive[-1] if self._forked else None
+            if (state := None if fork is None else fork()) is not None:
+                state.connection = connection
             with self._lock:
-                # A forward that another one has replaced is not waited for: its graph is to be freed.
-                self._waiting = [other for other in self._waiting if tasks.isdisjoint(other.tasks)]
-                self._waiting.append(_Waiting(tasks, connection, token, self._alive[-1] if self._forked else None))
+                # A forward that another one has replaced is not kept: its graph is to be freed.
+                self._connected = [other for other in self._connected if tasks.isdisjoint(other.tasks)]
+                self._connected.append(_Connected(tasks, connection, token, fork))
         return connected
 
     @opaque
-    def scalarize(self, losses: Sequence[Tensor | None], balancer: Balancer, auxiliary: Tensor | None = None) -> Tensor:
-        """The total to call ``backward`` on, with the order to balance attached; ``losses`` has one entry per task."""
-        tracking = torch.is_grad_enabled()
-        here = tuple(loss is not None and (loss.requires_grad or not tracking) for loss in losses)
-        chosen = [loss for loss, present in zip(losses, here, strict=True) if loss is not None and present]
-        if not chosen and any(loss is not None for loss in losses):
-            raise ValueError(
-                "None of the losses requires grad: there is nothing to train. Was the forward run under "
-                "torch.no_grad, or were the predictions detached?"
+    def scalarize(self, losses: Losses, balancer: Balancer, auxiliary: Tensor | None = None) -> Tensor:
+        """The total to call ``backward`` on, with the order to balance attached."""
+        if not torch.is_grad_enabled():
+            return self._value(collect(losses, self.tasks), balancer, checked_auxiliary(auxiliary))
+        with self._telling_others():
+            given, auxiliary = collect(losses, self.tasks), checked_auxiliary(auxiliary)
+            here = tuple(loss is not None and loss.requires_grad for loss in given)
+            is_idle = not any(here) and any(loss is not None for loss in given)
+            if is_idle and self.peers.ranks is None:
+                raise ValueError(NOTHING_TO_TRAIN)
+            self.peers.check()
+            found = self._find(given, here)
+            self._check_exact(found.forks)
+            aside = self._aside(auxiliary, found.forks, balancer)
+            is_early = self._is_early(found, balancer, aside)
+        chosen = [loss for loss, present in zip(given, here, strict=True) if loss is not None and present]
+        order = self._order(here, chosen, found, balancer, is_idle=is_idle)
+        if is_early:
+            order.decide = partial(
+                decide,
+                losses=given,
+                forks=found.forks,
+                balancer=balancer,
+                auxiliary=aside,
+                weigh_heads=self.weigh_heads,
             )
-        if tracking:
-            total = self._total(losses, here, chosen, balancer, auxiliary)
-        elif chosen:
-            total = balancer.scalarize(vector_of(chosen), _positions(here))
-        else:
-            total = torch.zeros((), device=self._device)
+        total = self._total(chosen, found, order, balancer)
         return total if auxiliary is None else total + auxiliary
 
-    def _total(
-        self,
-        losses: Sequence[Tensor | None],
-        here: tuple[bool, ...],
-        chosen: list[Tensor],
-        balancer: Balancer,
-        auxiliary: Tensor | None,
-    ) -> Tensor:
-        self.peers.check()
-        forks, connected, joint = self._forwards(losses, here)
-        tokens = [forward.token for forward in connected]
-        self._check_exact(forks)
-        values = vector_of(chosen) if chosen else torch.zeros(0, dtype=self._dtype, device=self._device)
-        ranks, taking_part = self.peers.ranks, here
-        if ranks is not None:
-            taking_part, values = ranks.agree(here, values)
-        if not any(taking_part):  # a batch without a label: backward works and does nothing
-            return sum(tokens, torch.zeros((), device=self._device, requires_grad=True))
-        aside = auxiliary if auxiliary is not None and self._reaches(auxiliary, forks) else None
+    def _value(self, losses: Sequence[Tensor | None], balancer: Balancer, auxiliary: Tensor | None) -> Tensor:
+        """The total without a graph."""
+        chosen = [loss for loss in losses if loss is not None]
+        present = [loss is not None for loss in losses]
+        total = (
+            balancer.scalarize(vector_of(chosen), _positions(present))
+            if chosen
+            else torch.zeros((), device=self._device)
+        )
+        return total if auxiliary is None else total + auxiliary
+
+    @contextmanager
+    def _telling_others(self) -> Iterator[None]:
+        """Have the other processes raise too if this one does, before they wait for its part in the decision."""
+        try:
+            yield
+        except Exception:
+            if self.peers.ranks is not None:
+                self.peers.ranks.refuse(len(self.tasks), self._device)
+            raise
+
+    def _order(
+        self, here: tuple[bool, ...], chosen: list[Tensor], found: _Found, balancer: Balancer, *, is_idle: bool
+    ) -> Order:
+        """Who takes part, and the losses: in all processes, if there are several."""
+        ranks = self.peers.ranks
+        if ranks is None:
+            return Order(here, here, vector_of(chosen) if chosen else torch.zeros(0))
+        # The same form of message whichever losses there are, and wherever they lie.
+        values = (vector_of(chosen) if chosen else torch.zeros(0)).to(self._device, self._dtype)
+        taking_part, values = ranks.agree(here, values, self._form(found, balancer), is_idle=is_idle)
+        for station in found.stations:
+            station.is_ordered = True
+        return Order(taking_part, here, values, ranks)
+
+    def _form(self, found: _Found, balancer: Balancer) -> str:
+        """What the processes' steps must have in common, in words."""
+        again = any(station.is_ordered for station in found.stations)
+        words = [f"losses of a forward that {'was' if again else 'was not'} scalarized before"]
+        if self.peers.is_sharded:
+            tasks = sorted({self.tasks[task] for connection in found.connections for task in connection.tasks})
+            words.append(f"{len(found.connections)} forwards, through the heads of {tasks}")
+        if balancer.sees_gradients:
+            words.append(f"gradients on the representations of {len(found.forks)} forwards")
+            words.append(f"state of the balancer in the shapes {[list(buffer.shape) for buffer in balancer.buffers()]}")
+            if found.is_joint and found.forks[0].exact is None:
+                words.append(
+                    f"representations of the shapes {[list(s) for s in found.forks[0].feature_shapes()]} a sample"
+                )
+        return "; ".join(words)
+
+    def _total(self, chosen: list[Tensor], found: _Found, order: Order, balancer: Balancer) -> Tensor:
+        if not any(order.taking_part):  # a batch without a label: backward works and does nothing
+            return sum(found.tokens, torch.zeros((), device=self._device, requires_grad=True))
         if balancer.training and not transforming():
             balancer.constrain()
-        order = Order(taking_part, here, values, ranks)
-        vector = LossesNode.apply(order, len(tokens), *tokens, *chosen)
-        total = balancer.scalarize(vector, _positions(taking_part))
+        vector = LossesNode.apply(order, len(found.tokens), *found.tokens, *chosen)
+        total = balancer.scalarize(vector, _positions(order.taking_part))
         if not isinstance(total, Tensor) or total.dim() != 0:
             shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
             raise ValueError(f"{type(balancer).__name__}.scalarize: expected to return a 0-dim tensor, got {shape}.")
-        if (balancer.sees_gradients and forks and (joint or self.weigh_heads)) or aside is not None:
-            self.peers.check_runs_ahead()
-            order.decide = partial(
-                decide, losses=losses, forks=forks, balancer=balancer, auxiliary=aside, weigh_heads=self.weigh_heads
-            )
-        return cast("Tensor", ScalarNode.apply(order, [*forks, *(forward.connection for forward in connected)], total))
+        return cast("Tensor", ScalarNode.apply(order, found.stations, total))
 
-    def _forwards(
-        self, losses: Sequence[Tensor | None], here: tuple[bool, ...]
-    ) -> tuple[list[ForkState], list[_Waiting], bool]:
-        """The forks to run backward, the forwards that are connected, and whether tasks have forwards of their own.
+    def _find(self, losses: Sequence[Tensor | None], here: tuple[bool, ...]) -> _Found:
+        """What to run backward for these losses.
 
-        With several processes these are the forwards that losses came from, and the others that wait: their losses
-        are in other processes.
+        With several processes these are the forwards that losses came from, and the others that are connected: their
+        losses are in other processes.
         """
-        forks, joint = self._forks_of(losses, here) if any(here) else ([], False)
+        forks, is_joint = self._forks_of(losses, here) if any(here) else ([], False)
         if self.peers.ranks is None:
-            return forks, [], joint
+            return _Found(forks, [], [], is_joint)
+        forwards = self._forwards(forks)
+        found = dict.fromkeys(forks)
+        for forward in forwards:
+            fork = None if forward.fork is None else forward.fork()
+            found |= {} if fork is None else {fork: None}
+        forks = sorted(found, key=lambda fork: fork.tasks)
+        is_joint = is_joint or any(fork.tasks != forks[0].tasks for fork in forks)
+        if is_joint:
+            self.peers.check_several_forwards()
+        # Of a forward that another one has replaced, the loss that led to its fork leads to its connection too.
+        connections = [fork.connection for fork in forks if fork.connection is not None]
+        connections = list(dict.fromkeys([*connections, *(forward.connection for forward in forwards)]))
+        return _Found(forks, connections, [forward.token for forward in forwards], is_joint)
+
+    def _forwards(self, forks: Sequence[ForkState]) -> list[_Connected]:
+        """The connected forwards that lead to these forks, and those of tasks that these are not of."""
         covered = {task for fork in forks for task in fork.tasks}
         with self._lock:
-            waiting, self._waiting = self._waiting, []
-        found, connected = dict.fromkeys(forks), []
-        for forward in waiting:
-            fork = None if forward.fork is None else forward.fork()
-            if fork in forks or covered.isdisjoint(forward.tasks):
-                connected.append(forward)
-                found |= {} if fork is None else {fork: None}
-            else:
-                self._waiting.append(forward)
-        forks = sorted(found, key=lambda fork: fork.tasks)
-        joint = joint or any(fork.tasks != forks[0].tasks for fork in forks)
-        if joint:
-            self.peers.check_several_forwards()
-        return forks, connected, joint
+            self._connected = [forward for forward in self._connected if not forward.is_spent]
+            known = list(self._connected)
+        own = [forward for forward in known if forward.fork is not None and forward.fork() in forks]
+        others = [forward for forward in known if covered.isdisjoint(forward.tasks)]
+        waiting = [forward for forward in others if not forward.connection.is_ordered]
+        # Without any, this is a second total of what was scalarized before.
+        return [*own, *(waiting if own or waiting else others)]
 
     def _living(self) -> list[ForkState]:
         """The forks whose graph can still be run backward."""
@@ -308,12 +394,9 @@ class Junction:
         gradient itself is asked for, through the heads alone, where the graph allows it.
         """
         others = walk.aliases_of_others(task)
-        if not others or walk.opaque or loss is None:
+        if not others or walk.opaque or loss is None or not self.peers.may_run_ahead:
             return
         edges = [edge for _, edge in others]
-        if self.peers.ranks is not None:
-            # A backward pass through heads that are sharded would have to be run by all processes at once.
-            return
         gradients = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
         for (other, _), gradient in zip(others, gradients, strict=True):
             # NaN says nothing: 0 times NaN, from a loss next to this one, is NaN too.
@@ -325,11 +408,20 @@ class Junction:
                     + ("Detach the other prediction." if reads_own else f"Are the losses in order, {self.tasks}?")
                 )
 
-    def _reaches(self, auxiliary: Tensor, forks: Sequence[ForkState]) -> bool:
-        """Whether an auxiliary loss sends gradients through the heads of these forwards, if they are told apart."""
-        if not auxiliary.requires_grad or all(fork.copies < len(fork.tasks) for fork in forks):
+    def _aside(self, auxiliary: Tensor | None, forks: Sequence[ForkState], balancer: Balancer) -> Tensor | None:
+        """The auxiliary loss, if it sends gradients through heads where someone looks at those of the tasks."""
+        looks = balancer.sees_gradients or any(fork.scope is not None for fork in forks)
+        if auxiliary is None or not auxiliary.requires_grad or not looks:
+            return None
+        return None if Walk(auxiliary, self).reached.keys().isdisjoint(forks) else auxiliary
+
+    def _is_early(self, found: _Found, balancer: Balancer, aside: Tensor | None) -> bool:
+        """Whether the decision is made before the backward pass comes to the heads."""
+        several = balancer.sees_gradients and found.forks and (found.is_joint or self.weigh_heads)
+        if not several and aside is None:
             return False
-        return not Walk(auxiliary, self).reached.keys().isdisjoint(forks)
+        self.peers.check_runs_ahead()
+        return True
 
     def _check_exact(self, forks: Sequence[ForkState]) -> None:
         """Refuse what cannot be run backward once per task; once, for the graphs of a training are all alike."""

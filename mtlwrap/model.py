@@ -12,7 +12,7 @@ from mtlwrap.exact import Exact, Parameters, Schedule
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.heads import Heads
 from mtlwrap.junction import Junction
-from mtlwrap.losses import Losses, checked_auxiliary, collect
+from mtlwrap.losses import Losses
 from mtlwrap.processes import Peers, is_distributed
 from mtlwrap.watch import Watch
 
@@ -164,7 +164,7 @@ class MultiTaskModel(nn.Module):
             own = self._junction.fork(representation, self.balancer, chosen, self._shared(), lazily=lazily)
         predictions = {task: self.heads[task](z) for task, z in zip(chosen, own, strict=True)}
         if several:
-            predictions = self._junction.connect(predictions, self.balancer)
+            predictions = self._junction.connect(predictions, self.balancer, self.heads)
         if self.heads.named:
             return {self.tasks[task]: prediction for task, prediction in predictions.items()}
         return [predictions.get(task) for task in range(len(self))]
@@ -182,9 +182,9 @@ class MultiTaskModel(nn.Module):
                 with which momentum runs out.) If all are absent, ``backward`` does nothing. A task's
                 loss reads the prediction of its own head only.
             auxiliary: a 0-dim tensor that bypasses the balancing; its gradient is added as it is. It may read
-                predictions, also of several heads; then the heads are run backward twice. What is added to the total
-                by hand instead must not: its gradient would count as the tasks', and be dropped where a task takes no
-                part.
+                predictions, also of several heads; then a gradient balancer runs the heads backward twice. What is
+                added to the total by hand instead must not: its gradient would count as the tasks', and may be dropped
+                where a task takes no part.
 
         Raises:
             TypeError: losses of an unknown kind, or one that is no floating-point tensor.
@@ -196,8 +196,7 @@ class MultiTaskModel(nn.Module):
             That a loss reads its own head only is checked when a task comes for the first time, by its gradient on
             the other heads; a term that is added to it later, or that a compiled loss function hides, is not noticed.
         """
-        collected = collect(losses, self.tasks)
-        total = self._junction.scalarize(collected, self.balancer, checked_auxiliary(auxiliary))
+        total = self._junction.scalarize(losses, self.balancer, auxiliary)
         if self.training and total.requires_grad:
             self._watch.look(self, self.balancer, self._junction.peers)
         return total

@@ -19,8 +19,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mtlwrap.aliases import alias
 from mtlwrap.balancers.base import Balancer
+from mtlwrap.connection import Connection
 from mtlwrap.exact import Exact
-from mtlwrap.gradients import TaskGradients, completed
+from mtlwrap.gradients import TaskGradients, completed, plain
 from mtlwrap.outcome import Report
 from mtlwrap.passes import Decision, Order, Pass, graph_task_id, keeps_graph, remember
 from mtlwrap.probe import wants_the_pass
@@ -73,6 +74,9 @@ class ForkState:
         self._forms = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         self.scope = current_scope()
         self.spent = False
+        # In several processes: the connection of the predictions, and whether a total was made of their losses.
+        self.connection: Connection | None = None
+        self.is_ordered = False
         self.node: weakref.ref[Any] | None = None
         self._passes: dict[int, Pass] = {}
 
@@ -123,9 +127,7 @@ class ForkState:
         if self.balancer.sees_gradients:
             shared = where_read(shared_gradient(self.balancer, gradients, weights), parts)
         else:  # as autograd adds up half-precision gradients in the steps in which nobody looks at them
-            shared = [
-                plain_sum(some if _any(some) else _zeros(part)) for some, part in zip(counted, parts, strict=True)
-            ]
+            shared = [plain_sum([plain(gradient) for gradient in part]) for part in parts]
         self._report(weights, gradients)
         return [*shared, *own]
 
@@ -361,10 +363,6 @@ def vector_of(losses: Sequence[Tensor]) -> Tensor:
 
 def _any(part: Sequence[Tensor | None]) -> bool:
     return any(gradient is not None for gradient in part)
-
-
-def _zeros(part: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if gradient is None else torch.zeros_like(gradient) for gradient in part]
 
 
 def _device_type(gradients: Sequence[Tensor | None]) -> str:

@@ -8,14 +8,24 @@ All must come to the same points: ``scalarize`` and its backward. Where one rais
 the time-out of the process group that they were given or found, and then raise too.
 """
 
+import math
+import struct
 import weakref
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from hashlib import blake2b
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+NOTHING_TO_TRAIN = (
+    "None of the losses requires grad: there is nothing to train. Was the forward run under torch.no_grad, or were the "
+    "predictions detached?"
+)
 
 
 class Ranks:
@@ -34,25 +44,50 @@ class Ranks:
         # Who takes part is told from host to host, so that no host waits for its accelerator.
         self._hosts = self._group if "cpu:" in backend else _beside(group, members, "gloo")
 
-    def agree(self, present: Sequence[bool], losses: Tensor) -> tuple[tuple[bool, ...], Tensor]:
+    def agree(
+        self, present: Sequence[bool], losses: Tensor, form: str = "", *, is_idle: bool = False
+    ) -> tuple[tuple[bool, ...], Tensor]:
         """Which tasks take part on any rank, and the mean of their losses over all ranks, an absent one counting 0.
 
         Args:
             present: for each task, whether it takes part here.
-            losses: the losses of these, a vector.
+            losses: the losses of these, a vector, on the device and in the dtype that all ranks use.
+            form: what must be the same on every rank, in words.
+            is_idle: whether there are losses here, but none that can be trained.
+
+        Raises:
+            ValueError: on every rank: the form is not that of the others, one of them refuses, or all are idle.
         """
         remaining = iter(losses.detach().double().unbind())
         nothing = losses.new_zeros((), dtype=torch.float64)
         spread = torch.stack([next(remaining) if here else nothing for here in present])
-        mask = torch.tensor(present, dtype=torch.float64)
+        counts, spread = self._told([*present, *_bits(form), is_idle, False], spread)
+        *anywhere, idle, refusing = (round(count) for count in counts)
+        digits, anywhere = anywhere[len(present) :], anywhere[: len(present)]
+        if refusing:
+            raise ValueError("Another process refuses its losses; its own error says why.")
+        if any(0 < digit < self.size for digit in digits):
+            raise ValueError(f"The processes do not make the same step. Expected the same in each as here: {form}.")
+        if idle == self.size:
+            raise ValueError(NOTHING_TO_TRAIN)
+        taking_part = [value for value, count in zip(spread.unbind(), anywhere, strict=True) if count]
+        return tuple(map(bool, anywhere)), torch.stack(taking_part).to(losses.dtype) if taking_part else losses
+
+    def refuse(self, num_tasks: int, device: torch.device) -> None:
+        """Tell the others, who call :meth:`agree`, that this process raises instead."""
+        nothing = torch.zeros(num_tasks, dtype=torch.float64, device=device)
+        self._told([*[False] * num_tasks, *_bits(""), False, True], nothing, refusing=True)
+
+    def _told(self, flags: Sequence[bool], losses: Tensor, *, refusing: bool = False) -> tuple[list[float], Tensor]:
+        """How many ranks say yes to each, and the mean of the losses."""
+        said = torch.tensor(flags, dtype=torch.float64)
         if losses.device.type == "cpu":  # one message for both
-            mask, spread = self.mean(torch.stack([mask, spread])).unbind()
-        else:
-            dist.all_reduce(mask, group=self._hosts)
-            spread = self.mean(spread)
-        anywhere = tuple(count > 0 for count in mask.tolist())
-        taking_part = [value for value, here in zip(spread.unbind(), anywhere, strict=True) if here]
-        return anywhere, torch.stack(taking_part).to(losses.dtype) if taking_part else losses
+            padded = torch.nn.functional.pad(losses, (0, len(said) - len(losses)))
+            shares, padded = self.mean(torch.stack([said, padded])).unbind()
+            return (shares * self.size).tolist(), padded[: len(losses)]
+        dist.all_reduce(said, group=self._hosts)
+        # Who hears of a refusal raises, and sends no more.
+        return said.tolist(), losses if refusing or said[-1] else self.mean(losses)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over all ranks of tensors of the same shape and dtype."""
@@ -72,6 +107,11 @@ class Ranks:
             filled = [torch.zeros_like(zero) if gradient is None else gradient for gradient in part]
             means.append([*self.mean(torch.stack(filled)).unbind()])
         return means
+
+
+def _bits(form: str) -> list[bool]:
+    """A form's check sum, bit by bit: counted over the ranks, these tell whether it is the same on each."""
+    return [bool(zlib.crc32(form.encode()) >> position & 1) for position in range(32)]
 
 
 class Peers:
@@ -166,19 +206,26 @@ class Peers:
                 "several processes mtlwrap runs every head in each backward pass."
             )
 
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether a process may run a part of the graph backward by itself, before the backward pass."""
+        return self._bars_running_ahead is None
+
+    @property
+    def _bars_running_ahead(self) -> str | None:
+        if self.is_sharded:
+            return "sharded parameters (fully_shard) do"
+        if getattr(self._ddp(), "static_graph", False):
+            return "DistributedDataParallel(static_graph=True) does"
+        return None
+
     def check_runs_ahead(self) -> None:
         """Refuse gradients ahead of the backward pass where the heads must not be run backward twice.
 
         Raises:
             ValueError: parameters are sharded, or DDP counts on a static graph.
         """
-        what = (
-            "sharded parameters (fully_shard) do"
-            if self.is_sharded
-            else "DistributedDataParallel(static_graph=True) does"
-            if getattr(self._ddp(), "static_graph", False)
-            else None
-        )
+        what = self._bars_running_ahead
         if what is not None:
             raise ValueError(
                 "Batches of their own per task with a gradient balancer, weigh_heads=True and an auxiliary loss that "
@@ -196,6 +243,27 @@ def _ranks_beside(group: "dist.ProcessGroup") -> Ranks:
     if known is None:
         known = _ranks[group] = Ranks(group)
     return known
+
+
+@contextmanager
+def drawing_alike(losses: Tensor | None) -> Iterator[None]:
+    """With several processes, have torch draw the same random numbers in each, from a seed made of the losses.
+
+    These are the means over the processes, the same in all of them, and others in the next step. The host reads them.
+    What torch draws otherwise stays as it is; with one process nothing is done.
+    """
+    several = is_distributed() and dist.get_world_size() > 1
+    values = losses.detach().flatten().tolist() if several and losses is not None else []
+    if all(map(math.isnan, values)):  # nothing to make a seed of
+        yield
+        return
+    seed = int.from_bytes(blake2b(struct.pack(f"{len(values)}d", *values), digest_size=8).digest(), "little")
+    device = cast("Tensor", losses).device
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.default_generator.manual_seed(seed)
+        if device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
+        yield
 
 
 def is_distributed() -> bool:

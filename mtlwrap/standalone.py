@@ -9,7 +9,7 @@ from torch import Tensor
 from mtlwrap.balancers.base import Balancer
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.junction import Junction
-from mtlwrap.losses import Losses, checked_auxiliary, collect
+from mtlwrap.losses import Losses
 from mtlwrap.processes import Peers
 from mtlwrap.surroundings import opaque
 
@@ -30,9 +30,7 @@ class Fork:
 
     def scalarize(self, losses: Losses, auxiliary: Tensor | None = None) -> Tensor:
         """The scalar, 0-dim, whose ``backward()`` is a balanced step; as :meth:`MultiTaskModel.scalarize`."""
-        return self._junction.scalarize(
-            collect(losses, self._junction.tasks), self._balancer, checked_auxiliary(auxiliary)
-        )
+        return self._junction.scalarize(losses, self._balancer, auxiliary)
 
     @property
     def task_weights(self) -> Tensor | None:

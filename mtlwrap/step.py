@@ -50,6 +50,9 @@ def cached() -> Iterator[None]:
     tasks' gradients, the cosines between them, what another balancer would have weighed. On leaving, also by an
     exception, the gradients are freed; a ``TaskGradients`` that was kept refuses to answer from then on.
 
+    With several processes norms, Gramian and cosines that the balancer asked for are those of all processes, the rest
+    are those of the gradients in this one: nobody sends messages to answer a question.
+
     Outside of it training is the same to the bit; the gradients are freed as the backward pass ends.
 
     Scopes nest: an inner one joins the outer one, and the last to leave frees. Each thread has a step of its own. The

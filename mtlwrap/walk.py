@@ -6,8 +6,8 @@ from torch.autograd.graph import GradientEdge, Node
 from mtlwrap.connection import PredictionsNode
 from mtlwrap.nodes import ForkNode, ForkState, Owner
 
-# Nodes through which autograd.grad cannot be asked for a part of the gradient.
-_OPAQUE_NODES = {"CompiledFunctionBackward", "CheckpointFunctionBackward"}
+# Nodes through which autograd.grad cannot be asked for a part of the gradient, or not by one process alone.
+_OPAQUE_NODES = {"CompiledFunctionBackward", "CheckpointFunctionBackward", "SyncBatchNormBackward"}
 
 
 class Walk:

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from mtlwrap.balancers.base import Balancer, GradientBalancer, LossBalancer, select
 from mtlwrap.gradients import TaskGradients
+from mtlwrap.processes import drawing_alike
 from mtlwrap.surroundings import without_autocast
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class TorchJD(Balancer):
     The state of a method, whatever has changed in it since it was handed over, is in the ``state_dict`` as an extra
     state, and training resumes to the bit. TorchJD alone cannot load its own (it registers buffers as None). What is
     no tensor, number, string or container of these cannot be saved; a warning names it. Random methods draw from
-    torch's global generator.
+    torch's global generator; with several processes from one that is seeded with the losses, so that all draw alike.
 
     ``DWA.step()`` after each epoch and ``FAMO.update(losses)`` after each step remain yours to call: the object is
     ``balancer.method``. Skip the update where a loss was not finite.
@@ -239,7 +240,7 @@ class TorchJDGradient(TorchJD, GradientBalancer):
         if rows is not None:
             given = given[rows][:, rows] if self.on == "gramian" else given[rows]
         _settle(self.method, given)
-        with torch.no_grad(), without_autocast(given.device.type):
+        with torch.no_grad(), without_autocast(given.device.type), drawing_alike(gradients.losses):
             answer = module(given)
         expected = given.shape[1:] if module is self.method and _weighting(module) is None else given.shape[:1]
         if not isinstance(answer, Tensor) or answer.shape != expected:
@@ -278,7 +279,7 @@ class TorchJDLoss(TorchJD, LossBalancer):
         values = losses.to(torch.promote_types(losses.dtype, torch.float32))
         _settle(self.method, values)
         kept = None if self._may_learn(values) else _snapshot(self.method)
-        with without_autocast(values.device.type):
+        with without_autocast(values.device.type), drawing_alike(values):
             total = self._of_all(values) if tasks is None else self._of_some(values, tasks)
         if kept is not None:
             _restore(self.method, kept)

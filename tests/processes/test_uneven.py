@@ -1,0 +1,460 @@
+"""Where the processes differ in what they run: either the law holds, or all refuse, and training goes on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributions import Normal
+from torch.nn.parallel import DistributedDataParallel
+from torchjd.aggregation import GradDrop, PCGrad, Random
+from torchjd.scalarization import Random as RandomScalarizer
+
+from mtlwrap import IMTLG, ExcessMTL, MultiTaskModel, TorchJD
+from tests.common import make_backbone, make_heads, make_input, make_losses
+from tests.processes.training import Spec, close, make, whole, wrapped
+
+# Predictions of each rank that is served, for the n-th batch of this step; or of only one, by one head.
+Call = Callable[..., Any]
+Losses = dict[int, dict[str, Tensor]]
+
+
+def some(predictions: Mapping[str, Tensor], tasks: str) -> dict[str, Tensor]:
+    return make_losses({task: predictions[task] for task in tasks})
+
+
+def batch(step: int, rank: int, number: int) -> Tensor:
+    return make_input(100 * step + 10 * rank + number, 3 + 2 * rank).cpu()
+
+
+# A program makes, in each step, some totals that are run backward together: for each, the losses of each rank.
+
+
+def idle(call: Call, step: int) -> list[Losses]:
+    found = call(0)
+    losses = {rank: some(predictions, "abc") for rank, predictions in found.items()}
+    if 1 in losses:
+        losses[1] = {task: loss.detach() for task, loss in losses[1].items()}
+    return [losses]
+
+
+def two_forwards(call: Call, step: int) -> list[Losses]:
+    """Each loss reads two forwards; the second rank lacks a task."""
+    first, second = call(0), call(1)
+    losses: Losses = {}
+    for rank in first:
+        tasks = "abc" if rank == 0 else "ac"
+        pairs = zip(some(first[rank], tasks).items(), some(second[rank], tasks).values(), strict=True)
+        losses[rank] = {task: one + other for (task, one), other in pairs}
+    return [losses]
+
+
+def in_between(call: Call, step: int) -> list[Losses]:
+    found = call(0)
+    call(1)  # looked at under gradients, never scalarized
+    return [{rank: some(predictions, "abc" if rank == 0 else "b") for rank, predictions in found.items()}]
+
+
+def two_totals(call: Call, step: int) -> list[Losses]:
+    first, second = call(0), call(1)
+    return [
+        {rank: some(predictions, "abc" if rank == 0 else "b") for rank, predictions in first.items()},
+        {rank: some(predictions, "ab" if rank == 0 else "c") for rank, predictions in second.items()},
+    ]
+
+
+def another_dtype(call: Call, step: int) -> list[Losses]:
+    losses = {rank: some(predictions, "abc") for rank, predictions in call(0).items()}
+    if 1 in losses:
+        losses[1] = {task: loss.float() for task, loss in losses[1].items() if task != "a"}
+    return [losses]
+
+
+def a_task_each(call: Call, step: int) -> list[Losses]:
+    """Each rank runs one head, another one in the next step."""
+    losses = {}
+    for rank in range(2):
+        task = "ab"[(rank + step) % 2]
+        if (found := call(0, tasks=task, only=rank)) is not None:
+            losses[rank] = some(found, task)
+    return [losses]
+
+
+PROGRAMS = {f.__name__: f for f in (a_task_each, idle, two_forwards, in_between, two_totals, another_dtype)}
+
+
+class Spread(nn.Module):
+    """A head that returns what nobody can look into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.location = nn.Linear(8, 2)
+
+    def forward(self, z: Tensor) -> Normal:
+        return Normal(self.location(z), 1.0)
+
+
+def train(model: MultiTaskModel, call: Callable[[int], Call], program: str) -> list[dict[str, Tensor]]:
+    """What three steps left, of one rank or of all."""
+    optimizer = torch.optim.SGD(model.param_groups(lr=0.01, balancer_lr=0.01))
+    left = []
+    for step in range(3):
+        optimizer.zero_grad()
+        totals = []
+        for losses in PROGRAMS[program](call(step), step):
+            own = next(iter(losses.values())) if len(losses) == 1 else mean_over_ranks(losses)
+            totals.append(model.scalarize(own))
+        torch.stack([*totals]).sum().backward()
+        left.append({name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+        left[-1] |= {f"balancer.{name}": whole(value) for name, value in model.balancer.state_dict().items()}
+        optimizer.step()
+    return left
+
+
+def mean_over_ranks(losses: Losses) -> dict[str, Tensor]:
+    means: dict[str, Tensor] = {}
+    for own in losses.values():
+        for task, loss in own.items():
+            if loss.requires_grad:
+                means[task] = means.get(task, 0.0) + loss / len(losses)
+    return means
+
+
+def in_processes(rank: int, size: int, spec: Spec, program: str) -> list[dict[str, Tensor]]:
+    torch.manual_seed(7)
+    model = make(spec)
+    outer = wrapped(model, spec)
+
+    def call(step: int) -> Call:
+        def own(number: int, *, tasks: str | None = None, only: int | None = None) -> Any:
+            if only is not None:
+                return outer(batch(step, rank, number), tasks=tasks) if only == rank else None
+            return {rank: outer(batch(step, rank, number))}
+
+        return own
+
+    return train(model, call, program)
+
+
+def in_one(size: int, spec: Spec, program: str) -> list[dict[str, Tensor]]:
+    torch.manual_seed(7)
+    model = make(spec)
+
+    def call(step: int) -> Call:
+        def joined(number: int, *, tasks: str | None = None, only: int | None = None) -> Any:
+            if only is None or not known:
+                batches = [batch(step, rank, number) for rank in range(size)]
+                rows = [len(b) for b in batches]
+                pieces = {task: p.split(rows) for task, p in model(torch.cat(batches)).items()}
+                known.update({rank: {task: piece[rank] for task, piece in pieces.items()} for rank in range(size)})
+            return dict(known) if only is None else known[only]
+
+        known: dict[int, dict[str, Any]] = {}
+        return joined
+
+    return train(model, call, program)
+
+
+LAWFUL = [
+    *((program, balancer, "ddp") for program in ("idle", "in_between") for balancer in ("imtl", "uw", "rotograd")),
+    *((program, balancer, "fsdp") for program in ("idle", "in_between") for balancer in ("imtl", "uw")),
+    *(("two_forwards", balancer, wrap) for balancer in ("imtl", "uw") for wrap in ("ddp", "fsdp")),
+    *(("two_totals", balancer, "ddp") for balancer in ("imtl", "uw", "excess-mtl")),
+    *(("a_task_each", balancer, "unused") for balancer in ("imtl", "uw", "excess-mtl")),
+    ("another_dtype", "famo", "ddp"),
+    ("another_dtype", "imtl", "ddp"),
+]
+
+
+@pytest.mark.parametrize(("program", "balancer", "wrap"), LAWFUL)
+def test_lawful(pools, program, balancer, wrap):
+    spec = Spec(balancer, wrap=wrap)
+    if wrap == "unused":
+        spec = Spec(balancer, ddp={"find_unused_parameters": True})
+    tolerance = 1e-5 if program == "another_dtype" else 1e-9
+    wanted = in_one(2, spec, program)
+    for rank, left in enumerate(pools[2].run(in_processes, spec, program)):
+        for step, (got, want) in enumerate(zip(left, wanted, strict=True)):
+            assert got.keys() == want.keys()
+            for name, value in want.items():
+                close(got[name], value, tolerance, f"rank {rank}, step {step}, {name}")
+
+
+def distributions(rank: int, size: int, balancer: str, *, one: bool = False) -> dict[str, Tensor]:
+    """Gradients where the first head hides its tensors and has a loss on one rank only."""
+    torch.manual_seed(1)
+    heads = {**make_heads(), "a": Spread()}
+    model = MultiTaskModel(make_backbone(), heads, balancer).double()
+    outer = model if one else DistributedDataParallel(model)
+    for step in range(2):
+        model.zero_grad()
+        ranks = range(size) if one else [rank]
+        losses: dict[str, Tensor] = {}
+        predictions = outer(torch.cat([batch(step, r, 0) for r in ranks]))
+        start = 0
+        for r in ranks:
+            rows = slice(start, start := start + 3 + 2 * r)
+            own = some({task: p[rows] for task, p in predictions.items() if task != "a"}, "bc")
+            if r == 0:
+                own["a"] = -predictions["a"].log_prob(torch.ones(2))[rows].mean()
+            for task, loss in own.items():
+                losses[task] = losses.get(task, 0.0) + loss / len(ranks)
+        model.backward(losses)
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("balancer", ["imtl", "equal-weighting"])
+def test_a_head_that_hides_its_tensors(pools, balancer):
+    wanted = distributions(0, 2, balancer, one=True)
+    for got in pools[2].run(distributions, balancer):
+        assert got.keys() == wanted.keys()
+        for name, value in wanted.items():
+            close(got[name], value, 1e-9, name)
+
+
+def distance(predictions: Mapping[str, Tensor]) -> Tensor:
+    return (predictions["a"].mean() - predictions["b"].mean()).square()
+
+
+def auxiliaries(rank: int, size: int, wrap: str, ddp: Mapping[str, Any]) -> list[float]:
+    """How far from one process with an auxiliary loss that reads predictions, from the second step on."""
+    spec = Spec("uw", wrap=wrap, ddp=ddp)
+    model, alone = make(spec), make(spec)
+    outer = wrapped(model, spec)
+    off = []
+    for step in range(3):
+        model.zero_grad(), alone.zero_grad()
+        own = outer(batch(step, rank, 0))
+        tasks = ["abc", "abc" if step == 0 or ddp else "ac"]
+        model.backward(some(own, tasks[rank]), distance(own) if step else None)
+        rows = [3, 5]
+        pieces = {t: p.split(rows) for t, p in alone(torch.cat([batch(step, r, 0) for r in range(2)])).items()}
+        each = [{task: piece[r] for task, piece in pieces.items()} for r in range(2)]
+        losses = mean_over_ranks({r: some(each[r], tasks[r]) for r in range(2)})
+        alone.backward(losses, (distance(each[0]) + distance(each[1])) / 2 if step else None)
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            off.append((whole(p.grad) - q.grad).abs().max().item() / (1 + q.grad.abs().max().item()))
+    return off
+
+
+@pytest.mark.parametrize(("wrap", "ddp"), [("fsdp", {}), ("ddp", {"static_graph": True})], ids=["fsdp", "static"])
+def test_an_auxiliary_with_a_loss_balancer_needs_no_second_pass(pools, wrap, ddp):
+    for off in pools[2].run(auxiliaries, wrap, ddp):
+        assert max(off) < 1e-9
+
+
+def freed(rank: int, size: int) -> bool:
+    spec = Spec("imtl")
+    model = make(spec)
+    outer: Any = wrapped(model, spec)
+    with outer.no_sync():
+        outer(batch(0, rank, 0), tasks="c")["c"].square().mean().backward()
+    model.zero_grad()
+    model.backward(some(outer(batch(1, rank, 0), tasks=["a", "b"]), "ab" if rank == 0 else ""))
+    return all(p.grad is not None for p in model.heads["a"].parameters())
+
+
+def test_a_plain_backward_before(pools):
+    assert pools[2].run(freed) == [True, True]
+
+
+def twice(rank: int, size: int, wrap: str) -> list[float]:
+    """Two totals of one forward, the first to look at, where a rank has no labels."""
+    spec = Spec("imtl", wrap=wrap)
+    model = make(spec)
+    outer = wrapped(model, spec)
+    totals = []
+    for step in range(2):
+        losses = some(outer(batch(step, rank, 0)), "abc" if rank == 0 else "")
+        totals.append(model.scalarize(losses).item())
+        model.backward(losses)
+    return [*totals, *(float(whole(p.grad).sum()) for p in model.parameters())]
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_two_totals_of_one_forward(pools, wrap):
+    first, second = pools[2].run(twice, wrap)
+    assert first == second
+    assert all(first)
+
+
+RANDOM: dict[str, Any] = {"Random": Random, "GradDrop": GradDrop, "PCGrad": PCGrad, "scalarizer": RandomScalarizer}
+
+
+def draws(rank: int, size: int, name: str) -> list[dict[str, Tensor]]:
+    torch.manual_seed(10 + rank)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(1)
+        balancer = TorchJD(RANDOM[name]())
+        model = MultiTaskModel(make_backbone(), make_heads(), balancer, gradients="parameters").double()
+    outer = DistributedDataParallel(model)
+    left = []
+    for _ in range(3):
+        before = torch.get_rng_state()
+        model.zero_grad()
+        model.backward(some(outer(batch(0, rank, 0)), "abc"))
+        assert torch.equal(before, torch.get_rng_state())
+        model.backbone[0].weight.data.mul_(1.01)
+        left.append({key: p.grad.clone() for key, p in model.named_parameters()})
+        left[-1]["weights"] = torch.zeros(()) if model.task_weights is None else model.task_weights.clone()
+    return left
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_methods_draw_alike(pools, name):
+    first, second = pools[2].run(draws, name)
+    for mine, theirs in zip(first, second, strict=True):
+        for key, value in mine.items():
+            assert torch.equal(value, theirs[key]), key
+    if name in ("Random", "scalarizer"):
+        assert not torch.equal(first[0]["weights"], first[1]["weights"])  # anew in each step
+
+
+# -------------------------------------------------------------------------------------------------------- all refuse
+
+
+def unlabelled(outer: nn.Module, model: MultiTaskModel, rank: int) -> None:
+    """A loss of two forwards, where the other rank has no labels."""
+    first, second = outer(batch(0, rank, 0)), outer(batch(0, rank, 1))
+    pairs = zip(some(first, "abc").items(), some(second, "abc").values(), strict=True)
+    model.backward({task: one + other for (task, one), other in pairs} if rank == 0 else {})
+
+
+def late(outer: nn.Module, model: MultiTaskModel, rank: int) -> None:
+    """Two totals of two forwards, where the other rank has no labels in the first."""
+    first, second = outer(batch(0, rank, 0)), outer(batch(0, rank, 1))
+    total = model.scalarize(some(first, "abc" if rank == 0 else ""))
+    (total + model.scalarize(some(second, "abc"))).backward()
+
+
+def misnamed(outer: nn.Module, model: MultiTaskModel, rank: int) -> None:
+    losses = some(outer(batch(0, rank, 0)), "abc")
+    model.backward({**losses, "d": losses["a"]} if rank == 0 else losses)
+
+
+def of_another_head(outer: nn.Module, model: MultiTaskModel, rank: int) -> None:
+    losses = some(outer(batch(0, rank, 0)), "abc")
+    model.backward({**losses, "a": losses["a"] + losses["b"]} if rank == 0 else losses)
+
+
+def all_idle(outer: nn.Module, model: MultiTaskModel, rank: int) -> None:
+    losses = some(outer(batch(0, rank, 0)), "abc")
+    model.backward({task: loss.detach() for task, loss in losses.items()})
+
+
+def fewer_forwards(outer: nn.Module, model: MultiTaskModel, rank: int) -> None:
+    """Batches of their own, where the other rank does not run them all."""
+    tasks = "abc" if rank == 0 else "ab"
+    predictions = {key: p for task in tasks for key, p in outer(batch(0, rank, 0), tasks=task).items()}
+    model.backward(some(predictions, tasks))
+
+
+REFUSED: dict[str, tuple[Callable[..., None], Sequence[Spec], str, str]] = {
+    "two forwards, unlabelled": (
+        unlabelled,
+        [Spec("imtl"), Spec("uw", wrap="fsdp")],
+        "same step. .* 2 forwards",
+        "same step. .* 1 forwards",
+    ),
+    "two totals, unlabelled in the first": (
+        late,
+        [Spec("imtl"), Spec("uw"), Spec("imtl", wrap="fsdp")],
+        "was not scalarized",
+        "was scalarized before",
+    ),
+    "a wrong name": (misnamed, [Spec("imtl"), Spec("uw", wrap="fsdp")], "'d'", "Another process refuses"),
+    "another head": (of_another_head, [Spec("imtl"), Spec("uw")], "reads the prediction", "Another process refuses"),
+    "nothing to train": (all_idle, [Spec("imtl"), Spec("uw")], "requires grad", "requires grad"),
+    "fewer forwards": (fewer_forwards, [Spec("imtl-g")], "of 3 forwards", "of 2 forwards"),
+}
+
+
+def refused(rank: int, size: int, case: str, number: int) -> bool:
+    """Whether all refuse the step, nothing is lost by it, and the next one is as if it had not been."""
+    function, specs, words, others = REFUSED[case]
+    spec = specs[number]
+    model, unharmed = make(spec), make(spec)
+    outer, other = wrapped(model, spec), wrapped(unharmed, spec)
+    with pytest.raises(ValueError, match=words if rank == 0 else others):
+        function(outer, model, rank)
+    assert all(p.grad is None for p in model.parameters())
+    for wrapper, inner in ((outer, model), (other, unharmed)):
+        inner.backward(some(wrapper(batch(1, rank, 0)), "abc" if rank == 0 else "b"))
+    pairs = zip(model.parameters(), unharmed.parameters(), strict=True)
+    return all(torch.equal(whole(p.grad), whole(q.grad)) for p, q in pairs)
+
+
+@pytest.mark.parametrize(("case", "number"), [(case, n) for case in REFUSED for n in range(len(REFUSED[case][1]))])
+def test_all_refuse(pools, case, number):
+    assert pools[2].run(refused, case, number) == [True, True]
+
+
+class Sequences(nn.Module):
+    """A representation as long as its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x))
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.linear(z).mean(1)
+
+
+LENGTHS = {"excess-mtl": (ExcessMTL, False), "batches": (IMTLG, True)}
+
+
+def lengths(rank: int, size: int, case: str) -> str:
+    balancer, apart = LENGTHS[case]
+    torch.manual_seed(1)
+    model = MultiTaskModel(Sequences(), {task: Pooled() for task in "abc"}, balancer())
+    outer = DistributedDataParallel(model)
+    x = torch.randn(4, 3 + rank, 5)
+    predictions = {k: p for task in "abc" for k, p in outer(x, tasks=task).items()} if apart else outer(x)
+    with pytest.raises(ValueError, match="The processes do not make the same step") as error:
+        model.backward(some(predictions, "abc"))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_representations_of_different_shapes(pools, case):
+    first, second = pools[2].run(lengths, case)
+    assert ("[3, 8]" in first, "[4, 8]" in second) == (True, True) if case == "batches" else first != second
+
+
+def test_lengths_may_differ_where_gradients_are_flattened(pools):
+    assert pools[2].run(free_lengths) == [True, True]
+
+
+def free_lengths(rank: int, size: int) -> bool:
+    torch.manual_seed(1)
+    model = MultiTaskModel(Sequences(), {task: Pooled() for task in "abc"}, ExcessMTL(feature_dim=-1))
+    outer = DistributedDataParallel(model)
+    model.backward(some(outer(torch.randn(4, 3 + rank, 5)), "abc"))
+    return model.task_weights is not None
+
+
+def hidden_and_sharded(rank: int, size: int) -> str:
+    spec = Spec("imtl", wrap="fsdp")
+    torch.manual_seed(1)
+    model = MultiTaskModel(make_backbone(), {"a": Spread(), "b": nn.Linear(8, 2)}, "imtl").double()
+    outer = wrapped(model, spec)
+    with pytest.raises(TypeError, match="hides its tensors") as error:
+        outer(batch(0, rank, 0))
+    dist.barrier()
+    return str(error.value)
+
+
+def test_hidden_tensors_and_sharded_parameters(pools):
+    for message in pools[2].run(hidden_and_sharded):
+        assert "The head of task 'a' returned a Normal" in message
