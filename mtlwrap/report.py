@@ -32,6 +32,8 @@ STATISTICS, DETAILS, PAGE = "statistics.csv", "run.json", "report.html"
 _NEUTRAL = 0.05
 # A conflict below that is still one if it is there in so many of the records.
 _STEADY = 0.75
+# And if it is no smaller than this.
+_FAINT = 0.002
 _PARTS = ("first", "second", "last")
 
 
@@ -271,8 +273,11 @@ def _disagreement(known: Records) -> list[str]:
     numbers = f"the mean cosine of their gradients is {signed(lowest)}, and it was below 0 in {100 * share:.0f} %"
     if lowest < -_NEUTRAL:
         texts = [f"{names} conflict most: {numbers} of the records."]
-    elif lowest < 0 and share >= _STEADY:
-        texts = [f"{names} conflict most, weakly but steadily: {numbers} of the records."]
+    elif lowest < -_FAINT and share >= _STEADY:
+        texts = [
+            f"{names} conflict most, weakly but steadily: {numbers} of the records. Gradients so close to a right "
+            "angle hardly hold each other up, so that little is to be won by balancing them."
+        ]
     elif lowest < _NEUTRAL:
         texts = [f"No two tasks conflict on average. {names} agree least: {numbers} of the records."]
     else:

@@ -98,6 +98,7 @@ def test_what_is_not_known_is_said():
     [
         (-0.5, "conflict most"),
         (-0.01, "weakly but steadily"),
+        (-0.001, "No two tasks conflict on average"),
         (0.0, "No two tasks conflict on average"),
         (0.5, "The tasks agree"),
     ],
