@@ -1,23 +1,22 @@
 """The junction of a model: where its forks are made, and its losses find the forks they came from."""
 
-import threading
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mtlwrap.aliases import each_its_own
 from mtlwrap.balancers.base import Balancer
-from mtlwrap.connection import Connection, connect, visible_tensors
+from mtlwrap.connection import connect, visible_tensors
 from mtlwrap.decision import decide
 from mtlwrap.exact import Exact
 from mtlwrap.heads import Heads
 from mtlwrap.losses import Losses, checked_auxiliary, collect
 from mtlwrap.nodes import ForkNode, ForkState, LossesNode, ScalarNode, vector_of
+from mtlwrap.origins import Found, Origins
 from mtlwrap.outcome import Report
 from mtlwrap.passes import Order
 from mtlwrap.probe import check_repeatable, check_whole
@@ -25,39 +24,6 @@ from mtlwrap.processes import NOTHING_TO_TRAIN, Peers
 from mtlwrap.step import current_scope
 from mtlwrap.structure import differentiable_tensors
 from mtlwrap.surroundings import opaque, transforming
-from mtlwrap.walk import Walk
-
-
-class _Connected(NamedTuple):
-    """A forward whose predictions are connected: of which tasks, how, by what token, from which fork, if any."""
-
-    tasks: frozenset[int]
-    connection: Connection
-    token: Tensor
-    fork: "weakref.ref[ForkState] | None"
-
-    @property
-    def is_spent(self) -> bool:
-        """Whether a backward pass has freed its graph."""
-        fork = None if self.fork is None else self.fork()
-        return self.connection.is_spent or (fork is not None and fork.spent)
-
-
-class _Found(NamedTuple):
-    """What a total is to run backward: the forks, the connections of forwards, their tokens.
-
-    Attributes:
-        is_joint: whether tasks have forwards of their own.
-    """
-
-    forks: list[ForkState]
-    connections: list[Connection]
-    tokens: list[Tensor]
-    is_joint: bool
-
-    @property
-    def stations(self) -> list[ForkState | Connection]:
-        return [*self.forks, *self.connections]
 
 
 class Junction:
@@ -71,21 +37,11 @@ class Junction:
         self.weigh_heads = weigh_heads
         self.peers = Peers() if peers is None else peers
         self.report = Report()
-        # The last forward under gradients: True if it forked, False if its representation needed no gradient.
-        self._forked: bool | None = None
+        self._origins = Origins(self, self.peers)
         # Of a total of no losses.
         self._device, self._dtype = torch.device("cpu"), torch.float32
-        self._alive: list[weakref.ref[ForkState]] = []
-        self._prune_at = 32
-        self._lock = threading.Lock()
-        # Tasks whose loss was seen to read no head but its own.
-        self._trusted: set[int] = set()
-        # Tasks whose head was seen to detach the representation, next to others that do not.
-        self._detached: set[int] = set()
         # Whether the graph of exact gradients was looked at.
         self._seen_exact = False
-        # Forwards whose predictions are connected, until others take their place.
-        self._connected: list[_Connected] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Forks belong to graphs, and a copy of a model has none yet.
@@ -124,8 +80,6 @@ class Junction:
         dtype = tensors[0].dtype
         self._dtype = torch.promote_types(dtype.to_real() if dtype.is_complex else dtype, torch.float32)
         own, shared = self._through_node(forked, balancer, tuple(tasks), exact)
-        if torch.is_grad_enabled():
-            self._forked = bool(forked)
         aliases = each_its_own(representation, tensors[0], own, balancer, tasks, shared)
         return aliases if lazily else list(aliases)
 
@@ -134,22 +88,20 @@ class Junction:
     ) -> tuple[list[dict[int, Tensor]], dict[int, Tensor]]:
         """The fork's outputs, by the id of what they stand for: those of each task, and those that all share."""
         if not tensors:
+            if torch.is_grad_enabled():
+                self._origins.note(None)
             return [{} for _ in tasks], {}
         if balancer.training and not transforming():
             balancer.prepare(tensors) if exact is None else exact.prepare(balancer)
         parameters = {name: p for name, p in balancer.named_parameters() if p.requires_grad}
         # Once each task was seen to read its own head: what the outputs tell apart is needed for that check.
-        together = not balancer.sees_gradients and current_scope() is None and self._trusted.issuperset(tasks)
+        together = not balancer.sees_gradients and current_scope() is None and self._origins.trusts(tasks)
         state = ForkState(self, balancer, tasks, tensors, parameters, together, exact)
         # Among the inputs, behind the representation, is whatever else gets its gradient from here; so whoever searches
         # the graph of the predictions for the parameters in use (DDP) finds it.
         others = (*parameters.values(), *(() if exact is None else exact.parameters))
         outputs = ForkNode.apply(state, *tensors, *others)
-        with self._lock:
-            self._alive.append(weakref.ref(state))
-            if len(self._alive) > self._prune_at:  # forwards that are never scalarized
-                self._alive = [reference for reference in self._alive if reference() is not None]
-                self._prune_at = max(32, 2 * len(self._alive))
+        self._origins.note(state)
         keys = [id(tensor) for tensor in tensors]
         if state.copies < len(tasks):
             return [{} for _ in tasks], dict(zip(keys, outputs, strict=True))
@@ -183,13 +135,7 @@ class Junction:
             others += out_of_sight
         connected, connection, token = connect(predictions, found, others)
         if connection is not None and token is not None:
-            tasks, fork = frozenset(predictions), self._alive[-1] if self._forked else None
-            if (state := None if fork is None else fork()) is not None:
-                state.connection = connection
-            with self._lock:
-                # A forward that another one has replaced is not kept: its graph is to be freed.
-                self._connected = [other for other in self._connected if tasks.isdisjoint(other.tasks)]
-                self._connected.append(_Connected(tasks, connection, token, fork))
+            self._origins.note_connection(predictions.keys(), connection, token)
         return connected
 
     @opaque
@@ -204,7 +150,7 @@ class Junction:
             if is_idle and self.peers.ranks is None:
                 raise ValueError(NOTHING_TO_TRAIN)
             self.peers.check()
-            found = self._find(given, here)
+            found = self._origins.find(given, here)
             self._check_exact(found.forks)
             aside = self._aside(auxiliary, found.forks, balancer)
             is_early = self._is_early(found, balancer, aside)
@@ -244,7 +190,7 @@ class Junction:
             raise
 
     def _order(
-        self, here: tuple[bool, ...], chosen: list[Tensor], found: _Found, balancer: Balancer, *, is_idle: bool
+        self, here: tuple[bool, ...], chosen: list[Tensor], found: Found, balancer: Balancer, *, is_idle: bool
     ) -> Order:
         """Who takes part, and the losses: in all processes, if there are several."""
         ranks = self.peers.ranks
@@ -257,7 +203,7 @@ class Junction:
             station.is_ordered = True
         return Order(taking_part, here, values, ranks)
 
-    def _form(self, found: _Found, balancer: Balancer) -> str:
+    def _form(self, found: Found, balancer: Balancer) -> str:
         """What the processes' steps must have in common, in words."""
         again = any(station.is_ordered for station in found.stations)
         words = [f"losses of a forward that {'was' if again else 'was not'} scalarized before"]
@@ -273,7 +219,7 @@ class Junction:
                 )
         return "; ".join(words)
 
-    def _total(self, chosen: list[Tensor], found: _Found, order: Order, balancer: Balancer) -> Tensor:
+    def _total(self, chosen: list[Tensor], found: Found, order: Order, balancer: Balancer) -> Tensor:
         if not any(order.taking_part):  # a batch without a label: backward works and does nothing
             return sum(found.tokens, torch.zeros((), device=self._device, requires_grad=True))
         if balancer.training and not transforming():
@@ -285,137 +231,14 @@ class Junction:
             raise ValueError(f"{type(balancer).__name__}.scalarize: expected to return a 0-dim tensor, got {shape}.")
         return cast("Tensor", ScalarNode.apply(order, found.stations, total))
 
-    def _find(self, losses: Sequence[Tensor | None], here: tuple[bool, ...]) -> _Found:
-        """What to run backward for these losses.
-
-        With several processes these are the forwards that losses came from, and the others that are connected: their
-        losses are in other processes.
-        """
-        forks, is_joint = self._forks_of(losses, here) if any(here) else ([], False)
-        if self.peers.ranks is None:
-            return _Found(forks, [], [], is_joint)
-        forwards = self._forwards(forks)
-        found = dict.fromkeys(forks)
-        for forward in forwards:
-            fork = None if forward.fork is None else forward.fork()
-            found |= {} if fork is None else {fork: None}
-        forks = sorted(found, key=lambda fork: fork.tasks)
-        is_joint = is_joint or any(fork.tasks != forks[0].tasks for fork in forks)
-        if is_joint:
-            self.peers.check_several_forwards()
-        # Of a forward that another one has replaced, the loss that led to its fork leads to its connection too.
-        connections = [fork.connection for fork in forks if fork.connection is not None]
-        connections = list(dict.fromkeys([*connections, *(forward.connection for forward in forwards)]))
-        return _Found(forks, connections, [forward.token for forward in forwards], is_joint)
-
-    def _forwards(self, forks: Sequence[ForkState]) -> list[_Connected]:
-        """The connected forwards that lead to these forks, and those of tasks that these are not of."""
-        covered = {task for fork in forks for task in fork.tasks}
-        with self._lock:
-            self._connected = [forward for forward in self._connected if not forward.is_spent]
-            known = list(self._connected)
-        own = [forward for forward in known if forward.fork is not None and forward.fork() in forks]
-        others = [forward for forward in known if covered.isdisjoint(forward.tasks)]
-        waiting = [forward for forward in others if not forward.connection.is_ordered]
-        # Without any, this is a second total of what was scalarized before.
-        return [*own, *(waiting if own or waiting else others)]
-
-    def _living(self) -> list[ForkState]:
-        """The forks whose graph can still be run backward."""
-        with self._lock:
-            states = [state for reference in self._alive if (state := reference()) is not None]
-            self._alive = [weakref.ref(state) for state in states]
-        return [state for state in states if not state.spent and state.node is not None and state.node() is not None]
-
-    def _forks_of(self, losses: Sequence[Tensor | None], taking_part: tuple[bool, ...]) -> tuple[list[ForkState], bool]:
-        """The forks that these losses came from, and whether different tasks came from different ones.
-
-        Usually a single fork is alive, and the first loss leads to it: then it is that one. Where several are alive,
-        or a task comes for the first time, the graph is walked from every loss.
-        """
-        living = self._living()
-        present = [task for task, present in enumerate(taking_part) if present]
-        unknown = [task for task in present if task not in self._trusted]
-        if len(living) == 1 and not unknown and Walk(losses[present[0]], self, to_first=True).reached:
-            return living, False
-        walks = {task: Walk(losses[task], self) for task in present}
-        forks, joint = self._common_forks(walks)
-        for task in unknown:
-            self._check_reads_own_head(task, losses[task], walks[task])
-        self._trusted.update(unknown)
-        return forks, joint
-
-    def _common_forks(self, walks: "dict[int, Walk]") -> tuple[list[ForkState], bool]:
-        for task, walk in walks.items():
-            if walk.foreign and not walk.reached:
-                raise ValueError(
-                    f"The loss of task {self.tasks[task]!r} was computed from the representation of another model."
-                )
-        reached = {task: frozenset(walk.reached) for task, walk in walks.items() if walk.reached}
-        if not reached:
-            # A frozen backbone, or only heads that detach: nothing to balance, the losses still are.
-            if self._forked is False or self._detached.issuperset(walks):
-                return [], False
-            raise ValueError(
-                "No loss depends on a representation of this model: scalarize and backward need losses computed from "
-                "the predictions of a forward with gradients enabled. "
-                + (
-                    "There was no such forward yet."
-                    if self._forked is None
-                    else "Were all predictions detached, or made by a single-task model?"
-                )
-                + " (A forward inside torch.no_grad, inference_mode or a reentrant checkpoint does not count.)"
-            )
-        self._detached.update(walks.keys() - reached.keys())
-        together = {fork: None for forks in reached.values() for fork in forks}  # in order, unlike a set
-        self._check_batches(reached, list(together))
-        return list(together), len(set(reached.values())) > 1
-
-    def _check_batches(self, reached: dict[int, frozenset[ForkState]], forks: Sequence[ForkState]) -> None:
-        """Refuse losses of different forwards, unless each forward ran just the heads of its own tasks."""
-        for task, own in reached.items():
-            for other, theirs in reached.items():
-                missed = [fork for fork in forks if fork in theirs and fork not in own and task in fork.tasks]
-                if not missed:
-                    continue
-                first, second = sorted((task, other))
-                raise ValueError(
-                    f"The losses come from different forwards: that of task {self.tasks[first]!r} and that of task "
-                    f"{self.tasks[second]!r} do not depend on the same one, though both ran the head of "
-                    f"{self.tasks[task]!r}. For tasks with batches of their own say which heads a forward is for, "
-                    "model(x, tasks=...); to compare two batches in a loss, concatenate them into one forward, or "
-                    "detach one side."
-                )
-
-    def _check_reads_own_head(self, task: int, loss: Tensor | None, walk: "Walk") -> None:
-        """Refuse a loss that has a gradient on the alias of another task.
-
-        That it is connected to one says nothing yet (predictions that were stacked and unstacked again), so the
-        gradient itself is asked for, through the heads alone, where the graph allows it.
-        """
-        others = walk.aliases_of_others(task)
-        if not others or walk.opaque or loss is None or not self.peers.may_run_ahead:
-            return
-        edges = [edge for _, edge in others]
-        gradients = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
-        for (other, _), gradient in zip(others, gradients, strict=True):
-            # NaN says nothing: 0 times NaN, from a loss next to this one, is NaN too.
-            if gradient is not None and bool(gradient.nan_to_num(0.0).count_nonzero()):
-                reads_own = task in walk.tasks()
-                raise ValueError(
-                    f"The loss of task {self.tasks[task]!r} reads the prediction of task {self.tasks[other]!r}: it "
-                    "sends a gradient there. Expected each task's loss to depend on its own head only. "
-                    + ("Detach the other prediction." if reads_own else f"Are the losses in order, {self.tasks}?")
-                )
-
     def _aside(self, auxiliary: Tensor | None, forks: Sequence[ForkState], balancer: Balancer) -> Tensor | None:
         """The auxiliary loss, if it sends gradients through heads where someone looks at those of the tasks."""
         looks = balancer.sees_gradients or any(fork.scope is not None for fork in forks)
         if auxiliary is None or not auxiliary.requires_grad or not looks:
             return None
-        return None if Walk(auxiliary, self).reached.keys().isdisjoint(forks) else auxiliary
+        return auxiliary if self._origins.reaches(auxiliary, forks) else None
 
-    def _is_early(self, found: _Found, balancer: Balancer, aside: Tensor | None) -> bool:
+    def _is_early(self, found: Found, balancer: Balancer, aside: Tensor | None) -> bool:
         """Whether the decision is made before the backward pass comes to the heads."""
         several = balancer.sees_gradients and found.forks and (found.is_joint or self.weigh_heads)
         if not several and aside is None:

@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 from mtlwrap import IMTL, IMTLG, IMTLL, UW, EqualWeighting, GradientBalancer, MultiTaskModel, TaskGradients, fork
 from mtlwrap import aliases as aliases_module
-from mtlwrap import junction as junction_module
 from mtlwrap import nodes as nodes_module
+from mtlwrap import origins as origins_module
 from mtlwrap import passes as passes_module
 from tests.common import (
     BALANCERS,
@@ -382,13 +382,13 @@ def test_a_total_that_is_kept_does_not_make_the_next_step_walk(monkeypatch: pyte
     kept = model.scalarize(make_losses(model(x)))
     kept.backward()
     whole_walks = []
-    original = junction_module.Walk
+    original = origins_module.Walk
 
     def walk(*args: object, to_first: bool = False) -> object:
         whole_walks.extend([] if to_first else [args])
         return original(*args, to_first=to_first)
 
-    monkeypatch.setattr(junction_module, "Walk", walk)
+    monkeypatch.setattr(origins_module, "Walk", walk)
     again = model.scalarize(make_losses(model(x)))
     again.backward()
     assert kept.item() == again.item()
@@ -401,7 +401,7 @@ def test_the_model_holds_no_graph() -> None:
     predictions = model(x)
     losses = make_losses(predictions)
     total = model.scalarize(losses)
-    state = model._junction._alive[-1]
+    state = model._junction._origins._alive[-1]
     assert state() is not None
     held = weakref.ref(losses["a"])
     del predictions, losses, total
@@ -836,8 +836,8 @@ def test_nothing_grows_from_step_to_step() -> None:
         model.backward([p.square().mean() if here else None for p, here in zip(model(x), present, strict=True)])
         sum(p.sum() for p in model(x)).backward()  # a forward that is never scalarized
     junction = model._junction
-    assert len(junction._trusted) <= 12
-    assert len(junction._alive) <= 64
+    assert len(junction._origins._trusted) <= 12
+    assert len(junction._origins._alive) <= 64
 
 
 # --- gradients of unusual kinds ---------------------------------------------------------------------------------------

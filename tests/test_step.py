@@ -146,7 +146,7 @@ def test_nothing_of_a_step_survives_it(how: str) -> None:
     assert len(alive) >= 6
     assert [reference() for reference in alive] == [None] * len(alive)
     assert model.task_gradients is None
-    assert len(model._junction._living()) == 0
+    assert len(model._junction._origins._living()) == 0
 
 
 def test_kept_gradients_refuse_to_answer_later() -> None:
