@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 # A test that takes longer has met a hang.
 PATIENCE = 90
+# What a server imports, of which all processes are forked: importing torch takes longer than any test.
+PRELOADED: list[str] = []
 
 
 def join_gloo(rank: int, size: int, store: str, seconds: float = PATIENCE // 3) -> None:
@@ -30,15 +32,11 @@ class Pool:
     Args:
         size: how many.
         join: called in each process as it starts, with its rank, their number and the name of a file.
-        preload: a module that a server imports, of which the processes are forked; else each starts by itself.
     """
 
-    def __init__(
-        self, size: int, join: Callable[[int, int, str], None] = join_gloo, preload: str | None = None
-    ) -> None:
+    def __init__(self, size: int, join: Callable[[int, int, str], None] = join_gloo) -> None:
         self.size = size
         self._join = join
-        self._preload = preload
         self._workers: list[tuple[Any, Any]] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -77,9 +75,8 @@ class Pool:
         self._workers = []
 
     def _start(self) -> None:
-        context: Any = multiprocessing.get_context("spawn" if self._preload is None else "forkserver")
-        if self._preload is not None:
-            context.set_forkserver_preload([self._preload])
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
