@@ -26,6 +26,13 @@ def join_gloo(rank: int, size: int, store: str, seconds: float = PATIENCE // 3) 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
 
 
+def forkserver() -> Any:
+    """Multiprocessing's context whose processes are forked of one that has imported what they need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)  # heeded when the server starts, that is the first time
+    return context
+
+
 class Pool:
     """``size`` processes that run the same function, each with its rank.
 
@@ -75,8 +82,7 @@ class Pool:
         self._workers = []
 
     def _start(self) -> None:
-        context: Any = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = forkserver()
         store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
