@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A test that takes longer has met a hang.
-PATIENCE = 90
+# A test that takes longer has met a hang; the start is slower, where many processes share few cores.
+PATIENCE, PATIENCE_AT_START = 90, 300
 # What a server imports, of which all processes are forked: importing torch takes longer than any test.
 PRELOADED: list[str] = []
 
@@ -90,6 +90,11 @@ class Pool:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
+        for rank, (_, pipe) in enumerate(self._workers):
+            if not pipe.poll(PATIENCE_AT_START):
+                self.close()
+                raise AssertionError(f"rank {rank} of {self.size} does not start")
+            pipe.recv()
 
 
 def _work(join: Callable[[int, int, str], None], rank: int, size: int, store: str, pipe: Any) -> None:
@@ -97,6 +102,7 @@ def _work(join: Callable[[int, int, str], None], rank: int, size: int, store: st
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     join(rank, size, store)
+    pipe.send("ready")
     while True:
         try:
             function, args = pipe.recv()
