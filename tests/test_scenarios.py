@@ -187,10 +187,11 @@ def truth(model: MultiTaskModel, x: Tensor, present: list[int]) -> Truth:
     tensors = tensors_of(z)
     found = Truth(present, torch.zeros(0), torch.zeros(0), torch.zeros(0), [], [], [], [])
     losses, rows, sums = [], [], []
+    rotations = model.balancer.rotations.matrices().detach() if model.balancer.transforms else None
     for task in present:
         head, (first, *rest) = model.heads[task], tensors
-        if model.balancer.transforms:
-            rotation = model.balancer.rotations.matrices()[task].detach().to(first.dtype)
+        if rotations is not None:
+            rotation = rotations[task].to(first.dtype)
             size = len(rotation)
             first = torch.cat([first[:, :size] @ rotation.T, first[:, size:]], 1)
         prediction = head({"first": first, **dict(enumerate(rest))} if rest else first)

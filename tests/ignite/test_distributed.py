@@ -19,6 +19,9 @@ from mtlwrap import MultiTaskModel
 from mtlwrap.ignite import BalancerStatistics, create_multitask_evaluator, create_multitask_trainer
 from tests.common import BALANCERS, TASKS
 from tests.ignite.problem import LOSSES, losses_by_hand, make_batch, make_training
+from tests.processes.pool import PRELOADED, forkserver
+
+PRELOADED.append("tests.ignite.problem")
 
 # For each step the numbers of the two batches: 3 and 10 are without c, 4 and 14 without b, 20 has no label at all.
 NUMBERS = [(1, 2), (3, 4), (20, 5), (12, 3), (3, 10), (6, 20), (20, 20), (14, 4), (7, 8), (20, 3)]
@@ -115,6 +118,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Case, dict[str,
     folder = tmp_path_factory.mktemp("processes")
     # Through a file, for a port may be taken; and a process that waits for another is not to wait for half an hour.
     options: dict[str, Any] = {"init_method": f"file://{folder / 'rendezvous'}", "timeout": timedelta(seconds=60)}
+    options["start_method"] = forkserver().get_start_method()
     with idist.Parallel(backend="gloo", nproc_per_node=PROCESSES, **options) as parallel:
         parallel.run(in_a_process, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.processes.pool import Pool
+from tests.processes.pool import PRELOADED, Pool
+
+PRELOADED.append("tests.processes.training")
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A test that takes longer has met a hang.
-PATIENCE = 90
+# A test that takes longer has met a hang; the start is slower, where many processes share few cores.
+PATIENCE, PATIENCE_AT_START = 90, 300
+# What a server imports, of which all processes are forked: importing torch takes longer than any test.
+PRELOADED: list[str] = []
 
 
 def join_gloo(rank: int, size: int, store: str, seconds: float = PATIENCE // 3) -> None:
@@ -24,21 +26,24 @@ def join_gloo(rank: int, size: int, store: str, seconds: float = PATIENCE // 3) 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
 
 
+def forkserver() -> Any:
+    """Multiprocessing's context whose processes are forked of one that has imported what they need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)  # heeded when the server starts, that is the first time
+    return context
+
+
 class Pool:
     """``size`` processes that run the same function, each with its rank.
 
     Args:
         size: how many.
         join: called in each process as it starts, with its rank, their number and the name of a file.
-        preload: a module that a server imports, of which the processes are forked; else each starts by itself.
     """
 
-    def __init__(
-        self, size: int, join: Callable[[int, int, str], None] = join_gloo, preload: str | None = None
-    ) -> None:
+    def __init__(self, size: int, join: Callable[[int, int, str], None] = join_gloo) -> None:
         self.size = size
         self._join = join
-        self._preload = preload
         self._workers: list[tuple[Any, Any]] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -77,9 +82,7 @@ class Pool:
         self._workers = []
 
     def _start(self) -> None:
-        context: Any = multiprocessing.get_context("spawn" if self._preload is None else "forkserver")
-        if self._preload is not None:
-            context.set_forkserver_preload([self._preload])
+        context = forkserver()
         store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
@@ -87,6 +90,11 @@ class Pool:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
+        for rank, (_, pipe) in enumerate(self._workers):
+            if not pipe.poll(PATIENCE_AT_START):
+                self.close()
+                raise AssertionError(f"rank {rank} of {self.size} does not start")
+            pipe.recv()
 
 
 def _work(join: Callable[[int, int, str], None], rank: int, size: int, store: str, pipe: Any) -> None:
@@ -94,6 +102,7 @@ def _work(join: Callable[[int, int, str], None], rank: int, size: int, store: st
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     join(rank, size, store)
+    pipe.send("ready")
     while True:
         try:
             function, args = pipe.recv()

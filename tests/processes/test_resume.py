@@ -1,6 +1,6 @@
 """What several processes save is continued bit for bit by fresh models and fresh processes, and by another number."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,25 +78,24 @@ Left = dict[str, dict[str, Any]]
 
 
 # One of each kind of state.
-KINDS = ("imtl", "excess-mtl", "rotograd-norm", "grad-norm", "dwa", "famo", "rlw", "compose")
+KINDS = ("uw", "imtl", "excess-mtl", "rotograd", "rotograd-norm", "grad-norm", "dwa", "famo", "rlw", "compose")
+# In exact mode, whose schedule is state of the model and not of the balancer.
+SCHEDULED = "scheduled"
 
 
-def begun(wrap: str, ranks: range) -> Trainings:
-    """Every balancer; one in exact mode too, whose schedule is state of the model and not of the balancer."""
+def begun(names: Collection[str], wrap: str, ranks: range) -> Trainings:
     options: dict[str, Any] = {"process_group": None} if wrap == "alone" else {}
-    specs = {name: Spec(name, wrap, PRESENT, options=dict(options)) for name in BALANCERS}
-    if not wrap.startswith("fsdp"):
-        specs["scheduled"] = Spec(
-            "imtl-g", wrap, PRESENT, options={"gradients": Parameters(refresh_every=4), **options}
-        )
+    specs = {name: Spec(name, wrap, PRESENT, options=options) for name in names if name != SCHEDULED}
+    if SCHEDULED in names:
+        exact = {"gradients": Parameters(refresh_every=4), **options}
+        specs[SCHEDULED] = Spec("imtl-g", wrap, PRESENT, options=exact)
     return {name: Training(spec, ranks) for name, spec in specs.items()}
 
 
 def save(rank: int, size: int, wrap: str, folder: Path, last: int = STEPS, complete: bool = False) -> Left:
-    """Train, save in both ways, train on; what that left."""
-    trainings = begun(wrap, range(rank, rank + 1))
-    if complete:
-        trainings = {name: trainings[name] for name in KINDS}
+    """Train all, or one of each kind, save in both ways, train on; what that left."""
+    every = BALANCERS if wrap.startswith("fsdp") else [*BALANCERS, SCHEDULED]
+    trainings = begun(KINDS if complete else every, wrap, range(rank, rank + 1))
     for training in trainings.values():
         training.train(0, SAVED_AFTER)
     states = {name: training.states(COMPLETE) for name, training in trainings.items()}
@@ -114,9 +113,8 @@ def resume(
 
     Where all is gathered anyway, it is compared with what was saved.
     """
-    trainings = begun(wrap, range(rank * ranks, (rank + 1) * ranks))
     saved = torch.load(folder / "plain.pt", weights_only=True)
-    trainings = {name: trainings[name] for name in saved}
+    trainings = begun(saved, wrap, range(rank * ranks, (rank + 1) * ranks))
     if way == "dcp":
         for training in trainings.values():
             training.model.prepare(training.spec.batch_of(99, 0))  # what is loaded into must have its shape

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.processes.pool import PRELOADED
 from tests.trainers import processes
+
+PRELOADED.append("tests.trainers.matrix")
 
 
 @pytest.fixture(autouse=True)

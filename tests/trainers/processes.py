@@ -18,7 +18,7 @@ _POOLS: dict[str, Pool] = {}
 def run(name: str, count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What ``function(rank, count, *args)`` returns in each of the processes of a name."""
     if name not in _POOLS:
-        _POOLS[name] = Pool(count, partial(_as_torchrun, _free_port()), preload="tests.trainers.matrix")
+        _POOLS[name] = Pool(count, partial(_as_torchrun, _free_port()))
     return _POOLS[name].run(function, *args)
 
 
