@@ -175,11 +175,14 @@ def test_lawful(pools, program, balancer, wrap):
         spec = Spec(balancer, ddp={"find_unused_parameters": True})
     tolerance = 1e-5 if program == "another_dtype" else 1e-9
     wanted = in_one(2, spec, program)
-    for rank, left in enumerate(pools[2].run(in_processes, spec, program)):
+    ranks = pools[2].run(in_processes, spec, program)
+    for rank, left in enumerate(ranks):
         for step, (got, want) in enumerate(zip(left, wanted, strict=True)):
             assert got.keys() == want.keys()
             for name, value in want.items():
                 close(got[name], value, tolerance, f"rank {rank}, step {step}, {name}")
+                # Else they drift apart.
+                assert torch.equal(got[name], ranks[0][step][name]), f"rank {rank}, step {step}, {name}"
 
 
 def distributions(rank: int, size: int, balancer: str, *, one: bool = False) -> dict[str, Tensor]:
