@@ -34,6 +34,9 @@ class RotoGradNorm(RotateOnly):
     Raises:
         TypeError, ValueError: as :class:`RotateOnly`; ``alpha`` is negative.
 
+    Shape:
+        alone, ``matrix``: ``[T, n]``, a task's gradient per row; the result is ``[n]``, without any rotation.
+
     Example:
         >>> from torch import nn
         >>> from mtlwrap import MultiTaskModel
