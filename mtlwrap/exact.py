@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from mtlwrap.balancers.base import Balancer
+from mtlwrap.factored import FactoredRows, linear_layers
 from mtlwrap.probe import pull_back, pull_back_together
 from mtlwrap.rows import Rows
 from mtlwrap.state import WideBuffers
@@ -122,15 +123,21 @@ class Exact:
 
     def rows(
         self, edges: Sequence[GradientEdge], parts: Sequence[Sequence[Tensor | None]], taking_part: Sequence[bool]
-    ) -> Rows:
+    ) -> Rows | FactoredRows:
         """The gradients of the tasks that take part, for those on the representation: by tensor, then by task."""
-        rows = Rows(self.parameters, taking_part)
         present = [task for task, is_present in enumerate(taking_part) if is_present]
         if self.vectorize and len(present) > 1:
+            rows = Rows(self.parameters, taking_part)
             stacked = pull_back_together(edges, [[part[task] for task in present] for part in parts], self.parameters)
             if stacked is not None:
                 rows.fill(stacked)
                 return rows
+        layers = linear_layers(edges, self.parameters, len(present))
+        if layers:
+            factored = FactoredRows(self.parameters, taking_part, layers)
+            factored.pull_back(edges, parts)
+            return factored
+        rows = Rows(self.parameters, taking_part)
         for task in present:
             rows.add(pull_back(edges, [part[task] for part in parts], self.parameters))
         return rows
