@@ -80,12 +80,15 @@ def linear_layers(edges: Sequence[GradientEdge], parameters: Sequence[Tensor], n
     def position_of(node: Node | None) -> int | None:
         return positions.get(id(getattr(node, "variable", None))) if uses[node] == 1 else None
 
-    layers = (_linear(node, position_of, uses) for node in nodes)
+    layers = (_linear(node, parameters, position_of, uses) for node in nodes)
     return [layer for layer in layers if layer is not None and _pays(layer, parameters, num_tasks)]
 
 
 def _linear(
-    node: Any, position_of: Callable[[Node | None], int | None], uses: Mapping[Node | None, int]
+    node: Any,
+    parameters: Sequence[Tensor],
+    position_of: Callable[[Node | None], int | None],
+    uses: Mapping[Node | None, int],
 ) -> Linear | None:
     """The call that left this node, if a linear layer's did."""
     saved = _SAVED.get(node.name())
@@ -101,7 +104,12 @@ def _linear(
     if weight is None:
         return None
     inputs = getattr(node, f"_saved_{saved}")
-    return Linear(node, weight, position_of(biases[0]) if biases else None, inputs.detach(), inputs._version)
+    if type(inputs) not in (Tensor, nn.Parameter) or inputs.layout != torch.strided:
+        return None
+    bias = position_of(biases[0]) if biases else None
+    if bias is not None and parameters[bias].shape != parameters[weight].shape[:1]:
+        bias = None  # one for each row, or for all outputs
+    return Linear(node, weight, bias, inputs.detach(), inputs._version)
 
 
 def _is_plain(parameter: Tensor) -> bool:
@@ -116,7 +124,7 @@ def _pays(layer: Linear, parameters: Sequence[Tensor], num_tasks: int) -> bool:
     outputs = parameters[layer.weight].shape[0]
     whole = num_tasks * features * outputs * (rows + _NUMBER)
     factors = num_tasks * rows * outputs * (rows + _NUMBER) + rows * features * (_DECOMPOSITION * rows + outputs)
-    return rows < features and factors + _CALLS < _WORTH * whole
+    return 0 < rows < features and factors + _CALLS < _WORTH * whole
 
 
 class FactoredRows:
