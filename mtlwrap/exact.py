@@ -22,6 +22,13 @@ class Parameters:
     weighs anew runs the backbone's backward once per task, within the one ordinary backward pass, and holds T
     gradients of the size of the shared parameters, and one more in passing. ``gradients="parameters"`` is short for it.
 
+    On a CPU the gradients on the weights of linear layers with more inputs than the batch has rows are not made, where
+    the weights and what they sum up to can be had for less: of each task only the gradient on the layer's output is
+    held. A balancer that asks for whole gradients, as ``ExcessMTL`` does, has them made. Layers whose weights are used
+    more than once, checkpointed ones, and those under autocast are left as they are.
+
+    The ``.grad`` of several parameters may lie in one piece of memory, side by side: it is freed with the last of them.
+
     Args:
         refresh_every: weigh anew in every k-th step only, and whenever a task comes that had no part in the last
             weighing; the steps between use the last weights, at the cost of a plain backward. Needs a balancer that

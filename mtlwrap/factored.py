@@ -18,7 +18,7 @@ squares; with the triangular factor no more is lost than in the gradients themse
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -68,48 +68,50 @@ class Linear:
 def linear_layers(edges: Sequence[GradientEdge], parameters: Sequence[Tensor], num_tasks: int) -> list[Linear]:
     """The calls of linear layers behind ``edges`` whose gradients it pays to keep as factors, for so many tasks."""
     nodes = nodes_behind(edges)
-    if not any(node.name() in _SAVED for node in nodes):
+    calls = [node for node in nodes if node.name() in _SAVED]
+    if not calls:
         return []
-    # A parameter that is used elsewhere too has a gradient which is no such product.
-    uses = Counter(following for node in nodes for following, _ in node.next_functions)
-    uses.update(edge.node for edge in edges)
-    # Of one type, so that what comes of them can stand side by side.
-    known = [_is_plain(parameter) and parameter.dtype == parameters[0].dtype for parameter in parameters]
-    positions = {id(parameter): position for position, parameter in enumerate(parameters) if known[position]}
-
-    def position_of(node: Node | None) -> int | None:
-        return positions.get(id(getattr(node, "variable", None))) if uses[node] == 1 else None
-
-    layers = (_linear(node, parameters, position_of, uses) for node in nodes)
+    graph = _Graph(edges, nodes, parameters)
+    layers = (graph.layer(call) for call in calls)
     return [layer for layer in layers if layer is not None and _pays(layer, parameters, num_tasks)]
 
 
-def _linear(
-    node: Any,
-    parameters: Sequence[Tensor],
-    position_of: Callable[[Node | None], int | None],
-    uses: Mapping[Node | None, int],
-) -> Linear | None:
-    """The call that left this node, if a linear layer's did."""
-    saved = _SAVED.get(node.name())
-    # Saved elsewhere, in a file or not at all (a checkpoint), they would have to be fetched once more.
-    if saved is None or getattr(getattr(node, f"_raw_saved_{saved}"), "unpack_hook", node) is not None:
-        return None
-    *biases, _, transposed = [following for following, _ in node.next_functions]
-    if biases and (node._saved_alpha, node._saved_beta) != (1, 1):
-        return None
-    if transposed is None or transposed.name() != "TBackward0" or uses[transposed] != 1:
-        return None
-    weight = position_of(transposed.next_functions[0][0])
-    if weight is None:
-        return None
-    inputs = getattr(node, f"_saved_{saved}")
-    if type(inputs) not in (Tensor, nn.Parameter) or inputs.layout != torch.strided:
-        return None
-    bias = position_of(biases[0]) if biases else None
-    if bias is not None and parameters[bias].shape != parameters[weight].shape[:1]:
-        bias = None  # one for each row, or for all outputs
-    return Linear(node, weight, bias, inputs.detach(), inputs._version)
+class _Graph:
+    """What the nodes of a graph are used for."""
+
+    def __init__(self, edges: Sequence[GradientEdge], nodes: Sequence[Node], parameters: Sequence[Tensor]) -> None:
+        self._uses = Counter(following for node in nodes for following, _ in node.next_functions)
+        self._uses.update(edge.node for edge in edges)
+        self._parameters = parameters
+        # Of one type, so that what comes of them can stand side by side.
+        known = [_is_plain(parameter) and parameter.dtype == parameters[0].dtype for parameter in parameters]
+        self._positions = {id(parameter): position for position, parameter in enumerate(parameters) if known[position]}
+
+    def layer(self, call: Any) -> Linear | None:
+        """The call of a linear layer that left this node, unless it is something else."""
+        saved = _SAVED[call.name()]
+        # Saved elsewhere, or to be computed anew (a checkpoint), its inputs would have to be fetched once more.
+        if getattr(getattr(call, f"_raw_saved_{saved}"), "unpack_hook", call) is not None:
+            return None
+        *biases, _, transposed = [following for following, _ in call.next_functions]
+        if biases and (call._saved_alpha, call._saved_beta) != (1, 1):
+            return None
+        if transposed is None or transposed.name() != "TBackward0" or self._uses[transposed] != 1:
+            return None
+        weight = self._position(transposed.next_functions[0][0])
+        if weight is None:
+            return None
+        inputs = getattr(call, f"_saved_{saved}")
+        if type(inputs) not in (Tensor, nn.Parameter) or inputs.layout != torch.strided:
+            return None
+        bias = self._position(biases[0]) if biases else None
+        if bias is not None and self._parameters[bias].shape != self._parameters[weight].shape[:1]:
+            bias = None  # one for each row, or for all outputs
+        return Linear(call, weight, bias, inputs.detach(), inputs._version)
+
+    def _position(self, node: Node | None) -> int | None:
+        """Which parameter has its gradient from this node; one that is used elsewhere too has another besides."""
+        return self._positions.get(id(getattr(node, "variable", None))) if self._uses[node] == 1 else None
 
 
 def _is_plain(parameter: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from mtlwrap import IMTLG, ExcessMTL, MultiTaskModel, TaskGradients, TorchJD, cached, factored
 from tests import test_exact
 from tests.balancers.zoo import paper_weights
-from tests.common import DEVICE, make_heads, make_input, make_losses
+from tests.common import DEVICE, make_heads, make_input, make_losses, task_gradients
 from tests.test_exact import CLOSE, jacobian, shared_gradient
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="on a CPU only")
@@ -109,6 +109,17 @@ def run_addmm(m: Any, x: Tensor) -> Tensor:
     return torch.addmm(m.offset.weight, hidden, m.second.weight.t()) + m.second.bias
 
 
+def run_transposed_once(m: Any, x: Tensor) -> Tensor:
+    transposed, hidden = m.second.weight.t(), m.first(x).tanh()
+    return hidden @ transposed + hidden.cos() @ transposed
+
+
+def hooked_weight() -> Backbone:
+    backbone = Backbone(run_two, **two())
+    backbone.first.weight.register_hook(lambda gradient: 3.0 * gradient)
+    return backbone
+
+
 def run_on_expanded(m: Any, x: Tensor) -> Tensor:
     return m.second(m.first(x).sum(0).expand(6, 12))
 
@@ -128,6 +139,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
     "a checkpoint": (lambda: Backbone(run_checkpointed, **two()), [2]),
     "saved elsewhere": (lambda: Backbone(run_saved_elsewhere, **two()), [2]),
     "addmm": (lambda: Backbone(run_addmm, **two(), offset=nn.Linear(8, 6, bias=False)), [2]),
+    "transposed once": (lambda: Backbone(run_transposed_once, **two(bias=False)), [0]),
+    "a hook of a weight": (hooked_weight, [2]),
     "expanded": (lambda: Backbone(run_on_expanded, **two()), [0, 2]),
     "transposed": (lambda: Backbone(lambda m, x: linear(x, m.mixed.weight.t()), mixed=nn.Linear(8, 5, bias=False)), []),
     "convolution": (
@@ -174,6 +187,60 @@ def test_is_the_gradient(case: str, kept: list[list[int]]) -> None:
         assert_close(model.task_gradients.matrix, rows, **CLOSE)
         assert_close(model.task_gradients.weighted_sum(alpha), alpha @ rows, **CLOSE)
     assert kept == [expected]
+
+
+class Reads(nn.Module):
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+
+    def forward(self, z: tuple[Tensor, ...]) -> Tensor:
+        return z[self.index].square()
+
+
+def check_tensors(run: Callable[..., Any], layers: dict[str, nn.Module], kept: list[list[int]]) -> None:
+    """Each of two tasks reads one of two tensors."""
+    torch.manual_seed(0)
+    model = MultiTaskModel(Backbone(run, **layers), [Reads(0), Reads(1)], IMTLG(), gradients="parameters").double()
+    x, trained = make_input(), list(model.shared_parameters())
+    rows = torch.stack(
+        [torch.cat([g.flatten() for g in r]) for r in task_gradients([p.sum() for p in model(x)], trained)]
+    )
+    model.backward([p.sum() for p in model(x)])
+    assert_close(shared_gradient(model), paper_weights(rows) @ rows, **CLOSE)
+    assert any(kept)
+
+
+def test_a_weight_that_is_handed_out_itself(kept: list[list[int]]) -> None:
+    check_tensors(lambda m, x: (run_two(m, x), m.second.weight), two(), kept)
+    check_tensors(lambda m, x: (run_two(m, x), m.second.weight.t()), two(), kept)
+    assert kept == [[0]] * 2
+
+
+def test_layers_that_not_every_task_reaches(kept: list[list[int]]) -> None:
+    layers = {f"{name}{place}": layer for place in range(2) for name, layer in two().items()}
+
+    def run(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return m.second0(m.first0(x).tanh()), m.second1(m.first1(x).tanh())
+
+    check_tensors(run, layers, kept)
+    assert kept == [[0, 2, 4, 6]]
+
+
+def test_layers_of_two_types(kept: list[list[int]]) -> None:
+    model = make_model(Backbone(lambda m, x: m.second(m.first(x).tanh().double()), **two()))
+    model.backbone.first.float()
+    x = make_input(dtype=torch.float32)
+    rows = torch.stack(
+        [
+            torch.cat([g.double().flatten() for g in row])
+            for row in task_gradients(list(make_losses(model(x)).values()), list(model.shared_parameters()))
+        ]
+    )
+    model.backward(make_losses(model(x)))
+    found = torch.cat([p.grad.double().flatten() for p in model.shared_parameters()])
+    assert_close(found, paper_weights(rows) @ rows, rtol=1e-5, atol=1e-7)
+    assert kept == [[0]]
 
 
 def test_to_the_bit_the_same_inside_a_scope(kept: list[list[int]]) -> None:
