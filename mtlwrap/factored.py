@@ -14,7 +14,7 @@ That inner products of such gradients follow from their factors is how gradients
 being made: Goodfellow, "Efficient Per-Example Gradient Computations" (arXiv:1510.01799), and Li et al., "Large Language
 Models Can Be Strong Differentially Private Learners" (arXiv:2110.05679). There :math:`X X^\top` is multiplied with
 :math:`G_s G_t^\top`, and what cancels within a batch, as nearly all of it does close to a minimum, is lost in the
-squares; with the triangular factor no more is lost than in the gradients themselves.
+squares; here nothing is squared before it is added up.
 """
 
 from collections import Counter
@@ -68,12 +68,11 @@ class Linear:
 def linear_layers(edges: Sequence[GradientEdge], parameters: Sequence[Tensor], num_tasks: int) -> list[Linear]:
     """The calls of linear layers behind ``edges`` whose gradients it pays to keep as factors, for so many tasks."""
     nodes = nodes_behind(edges)
-    calls = [node for node in nodes if node.name() in _SAVED]
+    calls = [node for node in nodes if node.name() in _SAVED and _pays(node, num_tasks)]
     if not calls:
         return []
     graph = _Graph(edges, nodes, parameters)
-    layers = (graph.layer(call) for call in calls)
-    return [layer for layer in layers if layer is not None and _pays(layer, parameters, num_tasks)]
+    return [layer for call in calls if (layer := graph.layer(call)) is not None]
 
 
 class _Graph:
@@ -121,12 +120,13 @@ def _is_plain(parameter: Tensor) -> bool:
     return parameter.is_cpu and parameter.dtype in (torch.float32, torch.float64)
 
 
-def _pays(layer: Linear, parameters: Sequence[Tensor], num_tasks: int) -> bool:
-    rows, features = layer.inputs.shape
-    outputs = parameters[layer.weight].shape[0]
+def _pays(call: Any, num_tasks: int) -> bool:
+    """Whether factors take less time than whole gradients."""
+    rows, features = getattr(call, f"_saved_{_SAVED[call.name()]}_sym_sizes")
+    outputs = call._saved_mat2_sym_sizes[1]
     whole = num_tasks * features * outputs * (rows + _NUMBER)
     factors = num_tasks * rows * outputs * (rows + _NUMBER) + rows * features * (_DECOMPOSITION * rows + outputs)
-    return 0 < rows < features and factors + _CALLS < _WORTH * whole
+    return bool(0 < rows < features and factors + _CALLS < _WORTH * whole)
 
 
 class FactoredRows:
