@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from mtlwrap.balancers.base import Balancer
+from mtlwrap.factored import FactoredRows, linear_layers
 from mtlwrap.probe import pull_back, pull_back_together
 from mtlwrap.rows import Rows
 from mtlwrap.state import WideBuffers
@@ -20,6 +21,13 @@ class Parameters:
     These are the gradients that the papers of gradient balancers speak of, and that TorchJD takes. Each step that
     weighs anew runs the backbone's backward once per task, within the one ordinary backward pass, and holds T
     gradients of the size of the shared parameters, and one more in passing. ``gradients="parameters"`` is short for it.
+
+    On a CPU the gradients on the weights of linear layers with more inputs than the batch has rows are not made, where
+    the weights and what they sum up to can be had for less: of each task only the gradient on the layer's output is
+    held. A balancer that asks for whole gradients, as ``ExcessMTL`` does, has them made. Layers whose weights are used
+    more than once, checkpointed ones, and those under autocast are left as they are.
+
+    The ``.grad`` of several parameters may lie in one piece of memory, side by side: it is freed with the last of them.
 
     Args:
         refresh_every: weigh anew in every k-th step only, and whenever a task comes that had no part in the last
@@ -122,15 +130,21 @@ class Exact:
 
     def rows(
         self, edges: Sequence[GradientEdge], parts: Sequence[Sequence[Tensor | None]], taking_part: Sequence[bool]
-    ) -> Rows:
+    ) -> Rows | FactoredRows:
         """The gradients of the tasks that take part, for those on the representation: by tensor, then by task."""
-        rows = Rows(self.parameters, taking_part)
         present = [task for task, is_present in enumerate(taking_part) if is_present]
         if self.vectorize and len(present) > 1:
+            rows = Rows(self.parameters, taking_part)
             stacked = pull_back_together(edges, [[part[task] for task in present] for part in parts], self.parameters)
             if stacked is not None:
                 rows.fill(stacked)
                 return rows
+        layers = linear_layers(edges, self.parameters, len(present))
+        if layers:
+            factored = FactoredRows(self.parameters, taking_part, layers)
+            factored.pull_back(edges, parts)
+            return factored
+        rows = Rows(self.parameters, taking_part)
         for task in present:
             rows.add(pull_back(edges, [part[task] for part in parts], self.parameters))
         return rows

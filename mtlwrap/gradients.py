@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import combinations_with_replacement
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,20 @@ _BLOCK = 1 << 15
 # are multiplied at once: with more the same library adds up worse, and takes longer.
 _SHORT = 512
 _ROWS = 8
+
+
+class Unmade(Protocol):
+    """Gradients that are made when they are asked for, and whose inner products are known without them."""
+
+    @property
+    def like(self) -> Tensor:
+        """Of their type, on their device."""
+
+    def parts(self) -> Sequence[Sequence[Tensor | None]]:
+        """The gradients, as :meth:`TaskGradients.from_parts` takes them."""
+
+    def short_parts(self) -> Sequence[Sequence[Tensor | None]]:
+        """Others with the same inner products."""
 
 
 class TaskGradients:
@@ -67,7 +82,7 @@ class TaskGradients:
     @classmethod
     def from_parts(
         cls,
-        parts: Sequence[Sequence[Tensor | None]],
+        parts: Sequence[Sequence[Tensor | None]] | Unmade,
         taking_part: Sequence[bool],
         losses: Tensor | None = None,
         scale: Tensor | None = None,
@@ -79,7 +94,8 @@ class TaskGradients:
         """From gradients as autograd hands them over.
 
         Args:
-            parts: for each tensor of the representation, the gradient of each task, None where there is none.
+            parts: for each tensor of the representation, the gradient of each task, None where there is none; or what
+                makes them.
             taking_part: for each task, whether it takes part in this step.
             losses: the tasks' losses, ``[T]``.
             scale: what the total was multiplied with, 0-dim; it is divided out of every answer.
@@ -96,25 +112,41 @@ class TaskGradients:
 
     def _fill(
         self,
-        parts: Sequence[Sequence[Tensor | None]],
+        parts: Sequence[Sequence[Tensor | None]] | Unmade,
         taking_part: Sequence[bool],
         losses: Tensor | None,
         scale: Tensor | None,
     ) -> None:
         self._taking_part = tuple(taking_part)
-        self._parts = [
-            [plain(gradient) if present else None for gradient, present in zip(part, taking_part, strict=True)]
-            for part in parts
-        ]
-        first = next((g for part in self._parts for g in part if g is not None), torch.zeros(0))
+        self._unmade = None if isinstance(parts, Sequence) else parts
+        if isinstance(parts, Sequence):
+            self._parts = self._read(parts)
+            first = next((g for part in self._parts for g in part if g is not None), torch.zeros(0))
+        else:
+            first = parts.like
         self._like = torch.view_as_real(first) if first.is_complex() else first
-        self._layouts = [_Layout(part, self._like) for part in self._parts]
         self._losses = losses
         self._scale = scale
         self._loss_factors: Tensor | None = None
         self._has_batch = True
         self._ranks: Ranks | None = None
         self._released = False
+
+    @cached_property
+    def _parts(self) -> list[list[Tensor | None]]:
+        """The gradients, where they are made now."""
+        parts = () if self._unmade is None else self._unmade.parts()
+        return self._read(parts)
+
+    @cached_property
+    def _layouts(self) -> list["_Layout"]:
+        return [_Layout(part, self._like) for part in self._parts]
+
+    def _read(self, parts: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
+        return [
+            [plain(gradient) if present else None for gradient, present in zip(part, self._taking_part, strict=True)]
+            for part in parts
+        ]
 
     def __repr__(self) -> str:
         return f"TaskGradients(num_tasks={self.num_tasks}{', released' if self._released else ''})"
@@ -260,7 +292,7 @@ class TaskGradients:
         """The weighted sum on one tensor of the representation, in its shape, in float32 or wider."""
         self._checked()
         with _plain_arithmetic(self._like):
-            return self._wide(_weighted_sum(self._parts[index], self._layouts[index], weights))
+            return self._wide(weighted_sum(self._parts[index], self._layouts[index].dtype, weights))
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         r"""The vector :math:`\sum_t w_t g_t`, ``[n]``, over the tasks that take part, for weights of shape ``[T]``.
@@ -275,7 +307,7 @@ class TaskGradients:
     def release(self) -> None:
         """Free all tensors; questions are refused from then on."""
         self._released = True
-        self._parts = []
+        self._parts, self._unmade = [], None
         self._losses = self._scale = self._loss_factors = None
         self._like = self._like.new_zeros(0)
         for name in (
@@ -301,7 +333,7 @@ class TaskGradients:
         if weights.shape != (self.num_tasks,):
             raise ValueError(f"weights: expected the shape [{self.num_tasks}], got {tuple(weights.shape)}.")
         return [
-            _weighted_sum(part, layout, weights.detach()).to(layout.dtype)
+            weighted_sum(part, layout.dtype, weights.detach()).to(layout.dtype)
             for part, layout in zip(self._parts, self._layouts, strict=True)
         ]
 
@@ -358,10 +390,17 @@ class TaskGradients:
         like = self._checked()
         with _plain_arithmetic(like):
             total = torch.zeros(self.num_tasks, self.num_tasks, dtype=_accumulator(like), device=like.device)
-            for part, layout in zip(self._parts, self._layouts, strict=True):
+            parts, layouts = self._parts_of_products()
+            for part, layout in zip(parts, layouts, strict=True):
                 rows = [None if g is None else layout.flatten(g.detach()) for g in part]
                 _add_gramian(total, rows)
             return total
+
+    def _parts_of_products(self) -> tuple[list[list[Tensor | None]], list["_Layout"]]:
+        if self._unmade is None or "_parts" in vars(self):
+            return self._parts, self._layouts
+        parts = self._read(self._unmade.short_parts())
+        return parts, [_Layout(part, self._like) for part in parts]
 
 
 class _Layout:
@@ -500,10 +539,10 @@ def _sizes(rows: Sequence[Tensor]) -> Tensor:
     return torch.where((largest > 0) & largest.isfinite(), torch.exp2(exponent.clamp(-126, 126)), 1.0)
 
 
-def _weighted_sum(part: Sequence[Tensor | None], layout: _Layout, weights: Tensor) -> Tensor:
-    """The weighted sum for one tensor of the representation, last task first: the order in which autograd adds."""
+def weighted_sum(part: Sequence[Tensor | None], dtype: torch.dtype, weights: Tensor) -> Tensor:
+    """The weighted sum of gradients of this type on one tensor, last task first: the order in which autograd adds."""
     # Half-precision gradients are summed in float32, where a weight beyond half's range is still a number.
-    wide = torch.promote_types(layout.dtype, torch.float32)
+    wide = torch.promote_types(dtype, torch.float32)
     columns = weights.to(_real(wide)).unbind()
     total: Tensor | None = None
     for gradient, weight in zip(reversed(part), reversed(columns), strict=True):

@@ -21,6 +21,7 @@ from mtlwrap.aliases import alias
 from mtlwrap.balancers.base import Balancer
 from mtlwrap.connection import Connection
 from mtlwrap.exact import Exact
+from mtlwrap.factored import FactoredRows
 from mtlwrap.gradients import TaskGradients, completed, plain
 from mtlwrap.outcome import Report
 from mtlwrap.passes import Decision, Order, Pass, graph_task_id, keeps_graph, remember
@@ -154,8 +155,11 @@ class ForkState:
         if self.hooked or torch.is_grad_enabled() or wants_the_pass(self.edges, exact.parameters):
             weights = needed(chosen, self.balancer, "a backbone with hooks, or whose input wants a gradient,")
             return [*where_read(on_z.scaled_sum(weights), parts), *own, *nothing]
-        combined = shared_gradient(self.balancer, gradients, chosen)
-        return [*[None] * self.num_tensors, *own, *rows.shaped(combined)]
+        if chosen is None:
+            shared = rows.shaped(gradients.scaled(self.balancer.combine(gradients)))
+        else:
+            shared = rows.weighted_sum(chosen.detach())
+        return [*[None] * self.num_tensors, *own, *shared]
 
     def _carry_out(self, decision: Decision) -> list[Tensor | None]:
         own = decision.own if self is next(iter(decision.shared)) else {}
@@ -225,11 +229,14 @@ def scaled_own(balancer: Balancer, gradients: TaskGradients, scale: Tensor) -> d
         return {name: own * scale.to(own) for name, own in balancer.own_gradients(gradients).items()}
 
 
-def weighed_exactly(exact: Exact, balancer: Balancer, rows: Rows, running: Pass) -> tuple[Tensor | None, TaskGradients]:
+def weighed_exactly(
+    exact: Exact, balancer: Balancer, rows: Rows | FactoredRows, running: Pass
+) -> tuple[Tensor | None, TaskGradients]:
     """The balancer's weights for gradients on the shared parameters; with several processes, for their means."""
     if running.order.ranks is not None:
         rows.average(running.order.ranks)
-    gradients = running.task_gradients(rows.parts(), has_batch=False, of_all=True)
+    made = rows.parts() if isinstance(rows, Rows) else rows
+    gradients = running.task_gradients(made, has_batch=False, of_all=True)
     weights = decided_weights(balancer, gradients)
     if exact.schedule is not None:
         exact.schedule.keep(needed(weights, balancer, "refresh_every"), running.order.taking_part)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtlwrap.gradients import TaskGradients, plain
+from mtlwrap.gradients import TaskGradients, Unmade, plain
 from mtlwrap.processes import Ranks
 
 
@@ -98,12 +98,12 @@ class Pass:
         return [[plain(g) if here else None for g, here in zip(part, self.order.here, strict=True)] for part in parts]
 
     def task_gradients(
-        self, parts: Sequence[Sequence[Tensor | None]], *, has_batch: bool = True, of_all: bool = False
+        self, parts: Sequence[Sequence[Tensor | None]] | Unmade, *, has_batch: bool = True, of_all: bool = False
     ) -> TaskGradients:
         """Gradients that arrived in this pass, for each task, with what is known of the tasks' losses.
 
         Args:
-            parts: the gradients, for each tensor of the representation.
+            parts: the gradients, for each tensor of the representation, or what makes them.
             has_batch: whether their first dimension is the batch.
             of_all: whether they are those of all processes already.
         """

@@ -6,7 +6,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from mtlwrap.gradients import plain
+from mtlwrap.gradients import plain, weighted_sum
 from mtlwrap.processes import Ranks
 
 
@@ -45,7 +45,12 @@ class Rows:
 
     def parts(self) -> list[list[Tensor | None]]:
         """For each run of parameters the gradient of each task, as a vector; None for a task that takes no part."""
-        return [_spread(run.matrix, self._taking_part) for run in self._runs]
+        return [spread(run.matrix, self._taking_part) for run in self._runs]
+
+    def weighted_sum(self, weights: Tensor) -> list[Tensor | None]:
+        """The weighted sum of the rows, in the parameters' shapes; None for one that no task reaches."""
+        sums = zip(self.parts(), self._runs, strict=True)
+        return self.shaped([weighted_sum(part, run.matrix.dtype, weights).to(run.matrix.dtype) for part, run in sums])
 
     def shaped(self, shared: Sequence[Tensor]) -> list[Tensor | None]:
         """The shared gradient, a vector for each run, in the parameters' shapes; None for one that no task reaches."""
@@ -91,6 +96,7 @@ class _Run:
         return [piece.view(parameter.shape) if reached else None for piece, parameter, reached in pieces]
 
 
-def _spread(matrix: Tensor, taking_part: Sequence[bool]) -> list[Tensor | None]:
+def spread(matrix: Tensor, taking_part: Sequence[bool]) -> list[Tensor | None]:
+    """The rows, each at the place of its task; None for a task that takes no part."""
     rows = iter(matrix.unbind())
     return [next(rows) if present else None for present in taking_part]
