@@ -28,11 +28,13 @@ class Parameters:
     more than once, checkpointed ones, and those under autocast are left as they are.
 
     The ``.grad`` of several parameters may lie in one piece of memory, side by side: it is freed with the last of them.
+    A hook of a tensor inside the backbone is called for each task with its gradient, and then once more with None, for
+    which it is to return None. With nothing to train in the backbone the gradients are those on the representation.
 
     Args:
         refresh_every: weigh anew in every k-th step only, and whenever a task comes that had no part in the last
-            weighing; the steps between use the last weights, at the cost of a plain backward. Needs a balancer that
-            returns weights.
+            weighing; the steps between use the last weights, at the cost of a plain backward. After each weighing the
+            host waits once, to learn whether it came to finite weights. Needs a balancer that returns weights.
         vectorize: run the backbone's backward once for all tasks together, by ``torch.vmap``. It takes about half the
             time where there are four tasks or more and many small layers, none where layers are large, and twice the
             memory. Not every backbone allows it (no sparse embeddings, no compiled layers); then the backward raises
@@ -41,7 +43,8 @@ class Parameters:
             ``weigh_heads`` or an auxiliary loss that reads predictions.
 
     Raises:
-        TypeError, ValueError: ``refresh_every`` is no positive int, or ``vectorize`` no bool.
+        TypeError, ValueError: ``refresh_every`` is no positive int, or ``vectorize`` no bool; from the model, if its
+            balancer rotates the representation.
 
     Example:
         >>> from torch import nn

@@ -334,6 +334,20 @@ def test_who_looks_on_sees_one_pass_of_the_shared_gradient(how: str) -> None:
     assert found.isfinite().all()
 
 
+def test_a_hook_inside_the_backbone_sees_each_task_and_then_nothing() -> None:
+    model, seen = make_model(IMTLG()), []
+
+    def hook(gradient: Tensor | None) -> Tensor | None:
+        seen.append(gradient)
+        return None if gradient is None else 2 * gradient
+
+    model.backbone[0].register_forward_hook(lambda *called: called[-1].register_hook(hook) and None)
+    rows = 2 * jacobian(make_model(None), make_input())
+    model.backward(make_losses(model(make_input())))
+    assert [gradient is None for gradient in seen] == [False, False, False, True]
+    assert_close(shared_gradient(model), paper_weights(rows) @ rows, **CLOSE)
+
+
 def test_hooks_after_accumulation_run_once() -> None:
     model, x, calls = make_model(IMTLG()), make_input(), []
     for parameter in model.shared_parameters():
