@@ -49,7 +49,7 @@ class PredictionsNode(torch.autograd.Function):
     @staticmethod
     def forward(connection: Connection, *tensors: Tensor) -> tuple[Tensor, ...]:
         predictions = tensors[: len(connection.tasks)]
-        return (*(alias(tensor) for tensor in predictions), predictions[0].new_zeros((), dtype=torch.float32))
+        return (*(alias(tensor) for tensor in predictions), tensors[0].new_zeros((), dtype=torch.float32))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -64,12 +64,13 @@ class PredictionsNode(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         ctx.connection.is_spent = not keeps_graph()
         found = zip(gradients, ctx.connection.awaited(), ctx.forms, strict=False)  # behind them is the token's
-        returned = [_zeros(*form) if g is None and awaited else g for g, awaited, form in found]
+        returned = [zeros_of(form) if g is None and awaited else g for g, awaited, form in found]
         return (None, *returned, *[None] * ctx.num_parameters)
 
 
-def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Of one number: a head is not to be charged for a gradient that is nothing.
+def zeros_of(form: tuple[torch.Size, torch.dtype, torch.device]) -> Tensor:
+    """Zeros of a shape, type and device, in the memory of one number: nobody is to be charged for nothing."""
+    shape, dtype, device = form
     return torch.zeros((), dtype=dtype, device=device).expand(shape)
 
 
@@ -89,7 +90,7 @@ def connect(
         for tensor in found:
             if tensor.requires_grad:
                 tensors.setdefault(id(tensor), (tensor, task))
-    if not tensors or transforming():
+    if not (tensors or parameters) or transforming():
         return predictions, None, None
     connection = Connection(tuple(task for _, task in tensors.values()))
     *outputs, token = PredictionsNode.apply(connection, *(tensor for tensor, _ in tensors.values()), *parameters)

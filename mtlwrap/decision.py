@@ -104,6 +104,7 @@ def _weigh_jointly(
     if exact.schedule is not None and not exact.schedule.is_due(taking_part):
         return exact.schedule.reuse(seen.active), None
     rows = Rows(exact.parameters, taking_part)
+    arrived = {fork: fork.with_zeros(parts, running) for fork, parts in arrived.items()}
     for task in (task for task, is_present in enumerate(taking_part) if is_present):
         found = [
             _probed(fork.edges, [part[task] for part in parts], exact.parameters) for fork, parts in arrived.items()

@@ -29,7 +29,7 @@ from mtlwrap.surroundings import opaque, transforming
 class Junction:
     """What all forks of one model have in common: the tasks, which forks are alive, what the last backward left.
 
-    It does not know the model and holds no tensor of a graph.
+    It does not know the model.
     """
 
     def __init__(self, tasks: Sequence[str], weigh_heads: bool = False, peers: Peers | None = None) -> None:
@@ -150,12 +150,16 @@ class Junction:
             if is_idle and self.peers.ranks is None:
                 raise ValueError(NOTHING_TO_TRAIN)
             self.peers.check()
+            self.peers.check_first_step(here)
             found = self._origins.find(given, here)
             self._check_exact(found.forks)
             aside = self._aside(auxiliary, found.forks, balancer)
-            is_early = self._is_early(found, balancer, aside)
+            if aside is not None:
+                self.peers.check_runs_ahead()
         chosen = [loss for loss, present in zip(given, here, strict=True) if loss is not None and present]
         order = self._order(here, chosen, found, balancer, is_idle=is_idle)
+        found = found.taking_part(order.taking_part)
+        is_early = self._is_early(found, balancer, aside)  # where it raises, it does so in all processes
         if is_early:
             order.decide = partial(
                 decide,
@@ -198,7 +202,9 @@ class Junction:
             return Order(here, here, vector_of(chosen) if chosen else torch.zeros(0))
         # The same form of message whichever losses there are, and wherever they lie.
         values = (vector_of(chosen) if chosen else torch.zeros(0)).to(self._device, self._dtype)
-        taking_part, values = ranks.agree(here, values, self._form(found, balancer), is_idle=is_idle)
+        # With gradients averaged by hand a process may stand aside.
+        is_out = not any(here) and not any(connection.tasks for connection in found.connections) and self.peers.waits
+        taking_part, values = ranks.agree(here, values, self._form(found, balancer), is_idle=is_idle, is_out=is_out)
         for station in found.stations:
             station.is_ordered = True
         return Order(taking_part, here, values, ranks)
@@ -206,11 +212,12 @@ class Junction:
     def _form(self, found: Found, balancer: Balancer) -> str:
         """What the processes' steps must have in common, in words."""
         again = any(station.is_ordered for station in found.stations)
-        words = [f"losses of a forward that {'was' if again else 'was not'} scalarized before"]
+        words = [f"tasks {self.tasks}", f"losses of a forward that {'was' if again else 'was not'} scalarized before"]
         if self.peers.is_sharded:
             tasks = sorted({self.tasks[task] for connection in found.connections for task in connection.tasks})
             words.append(f"{len(found.connections)} forwards, through the heads of {tasks}")
         if balancer.sees_gradients:
+            words.append(f"representations in {[fork.dtypes() for fork in found.forks]}")
             words.append(f"gradients on the representations of {len(found.forks)} forwards")
             words.append(f"state of the balancer in the shapes {[list(buffer.shape) for buffer in balancer.buffers()]}")
             if found.is_joint and found.forks[0].exact is None:

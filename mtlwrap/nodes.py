@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mtlwrap.aliases import alias
 from mtlwrap.balancers.base import Balancer
-from mtlwrap.connection import Connection
+from mtlwrap.connection import Connection, zeros_of
 from mtlwrap.exact import Exact
 from mtlwrap.factored import FactoredRows
 from mtlwrap.gradients import TaskGradients, completed, plain
@@ -178,6 +178,10 @@ class ForkState:
         """The shape of each tensor of the representation but for the batch."""
         return [shape[1:] for shape, _, _ in self._forms]
 
+    def dtypes(self) -> list[torch.dtype]:
+        """The type of each tensor of the representation."""
+        return [dtype for _, dtype, _ in self._forms]
+
     def offsets(self) -> list[Tensor]:
         """Zeros in the shape of an offset to each tensor, the same for every sample."""
         return [
@@ -192,6 +196,19 @@ class ForkState:
             return []
         first = self.tasks.index(task) * self.num_tensors if self.copies == len(self.tasks) else 0
         return [GradientEdge(node, first + index) for index in range(self.num_tensors)]
+
+    def with_zeros(self, parts: list[list[Tensor | None]], running: Pass) -> list[list[Tensor | None]]:
+        """With several processes, zeros for tasks that take part elsewhere: each runs the backbone backward as often.
+
+        Its backward may wait for that of the others (SyncBatchNorm).
+        """
+        if running.order.ranks is None:
+            return parts
+        anywhere = running.order.taking_part
+        return [
+            [zeros_of(form) if g is None and is_in else g for g, is_in in zip(part, anywhere, strict=True)]
+            for part, form in zip(parts, self._forms, strict=True)
+        ]
 
     def completed(self, parts: list[list[Tensor | None]], taking_part: tuple[bool, ...]) -> list[list[Tensor | None]]:
         """With zeros for a tensor that no task reads, so that the gradients' length is always the representation's."""

@@ -34,21 +34,34 @@ class Found(NamedTuple):
 
     Attributes:
         is_joint: whether tasks have forwards of their own.
+        reads_several: whether that is known from the losses of this process.
     """
 
     forks: list[ForkState]
     connections: list[Connection]
     tokens: list[Tensor]
     is_joint: bool
+    reads_several: bool = False
 
     @property
     def stations(self) -> list[ForkState | Connection]:
         """All that a backward pass comes by."""
         return [*self.forks, *self.connections]
 
+    def taking_part(self, anywhere: Sequence[bool]) -> "Found":
+        """Without the forwards of tasks that take part nowhere: they are run backward, but decide nothing."""
+        forks = [fork for fork in self.forks if any(anywhere[task] for task in fork.tasks)]
+        if len(forks) == len(self.forks):
+            return self
+        is_joint = self.reads_several or any(fork.tasks != forks[0].tasks for fork in forks)
+        return self._replace(forks=forks, is_joint=is_joint)
+
 
 class Origins:
-    """The forwards of a model that are alive, and what is known of its tasks' losses. It holds no tensor of a graph.
+    """The forwards of a model that are alive, and what is known of its tasks' losses.
+
+    It holds no graph; but with several processes the last forwards of each set of tasks, until others take their place,
+    for a backward pass may have to come by them without a loss.
 
     Args:
         owner: whose forwards they are.
@@ -93,7 +106,8 @@ class Origins:
             state.connection = connection
         with self._lock:
             # A forward that another one has replaced is not kept: its graph is to be freed.
-            self._connected = [other for other in self._connected if other.tasks.isdisjoint(tasks)]
+            known = [] if self._peers.is_one_forward else self._connected
+            self._connected = [other for other in known if not other.tasks <= set(tasks)]
             self._connected.append(Connected(frozenset(tasks), connection, token, fork))
 
     def find(self, losses: Sequence[Tensor | None], here: tuple[bool, ...]) -> Found:
@@ -102,22 +116,22 @@ class Origins:
         With several processes these are the forwards that losses came from, and the others that are connected: their
         losses are in other processes.
         """
-        forks, is_joint = self._forks_of(losses, here) if any(here) else ([], False)
+        forks, reads_several = self._forks_of(losses, here) if any(here) else ([], False)
         if self._peers.ranks is None:
-            return Found(forks, [], [], is_joint)
+            return Found(forks, [], [], reads_several)
         forwards = self._forwards(forks)
         found = dict.fromkeys(forks)
         for forward in forwards:
             fork = None if forward.fork is None else forward.fork()
             found |= {} if fork is None else {fork: None}
         forks = sorted(found, key=lambda fork: fork.tasks)
-        is_joint = is_joint or any(fork.tasks != forks[0].tasks for fork in forks)
+        is_joint = reads_several or any(fork.tasks != forks[0].tasks for fork in forks)
         if is_joint:
             self._peers.check_several_forwards()
         # Of a forward that another one has replaced, the loss that led to its fork leads to its connection too.
         connections = [fork.connection for fork in forks if fork.connection is not None]
         connections = list(dict.fromkeys([*connections, *(forward.connection for forward in forwards)]))
-        return Found(forks, connections, [forward.token for forward in forwards], is_joint)
+        return Found(forks, connections, [forward.token for forward in forwards], is_joint, reads_several)
 
     def _forwards(self, forks: Sequence[ForkState]) -> list[Connected]:
         """The connected forwards that lead to these forks, and those of tasks that these are not of."""

@@ -94,8 +94,13 @@ class Pass:
         self.decision: Decision | None = None
 
     def arrived(self, parts: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
-        """The gradients that count, dense: what arrives of a task that takes no part here does not."""
-        return [[plain(g) if here else None for g, here in zip(part, self.order.here, strict=True)] for part in parts]
+        """The gradients that count, dense: what arrives of a task that takes no part does not.
+
+        With several processes a head without a loss here can have a gradient still: that of a SyncBatchNorm comes from
+        all of them.
+        """
+        counts = self.order.here if self.order.ranks is None else self.order.taking_part
+        return [[plain(g) if is_in else None for g, is_in in zip(part, counts, strict=True)] for part in parts]
 
     def task_gradients(
         self, parts: Sequence[Sequence[Tensor | None]] | Unmade, *, has_batch: bool = True, of_all: bool = False

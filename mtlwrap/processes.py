@@ -45,7 +45,7 @@ class Ranks:
         self._hosts = self._group if "cpu:" in backend else _beside(group, members, "gloo")
 
     def agree(
-        self, present: Sequence[bool], losses: Tensor, form: str = "", *, is_idle: bool = False
+        self, present: Sequence[bool], losses: Tensor, form: str = "", *, is_idle: bool = False, is_out: bool = False
     ) -> tuple[tuple[bool, ...], Tensor]:
         """Which tasks take part on any rank, and the mean of their losses over all ranks, an absent one counting 0.
 
@@ -54,15 +54,17 @@ class Ranks:
             losses: the losses of these, a vector, on the device and in the dtype that all ranks use.
             form: what must be the same on every rank, in words.
             is_idle: whether there are losses here, but none that can be trained.
+            is_out: whether there is nothing here to run backward.
 
         Raises:
-            ValueError: on every rank: the form is not that of the others, one of them refuses, or all are idle.
+            ValueError: on every rank: the form is not that of the others, one of them refuses or is out, or all are
+                idle.
         """
         remaining = iter(losses.detach().double().unbind())
         nothing = losses.new_zeros((), dtype=torch.float64)
         spread = torch.stack([next(remaining) if here else nothing for here in present])
-        counts, spread = self._told([*present, *_bits(form), is_idle, False], spread)
-        *anywhere, idle, refusing = (round(count) for count in counts)
+        counts, spread = self._told([*present, *_bits(form), is_out, is_idle, False], spread)
+        *anywhere, out, idle, refusing = (round(count) for count in counts)
         digits, anywhere = anywhere[len(present) :], anywhere[: len(present)]
         if refusing:
             raise ValueError("Another process refuses its losses; its own error says why.")
@@ -70,13 +72,19 @@ class Ranks:
             raise ValueError(f"The processes do not make the same step. Expected the same in each as here: {form}.")
         if idle == self.size:
             raise ValueError(NOTHING_TO_TRAIN)
+        if out and any(anywhere):
+            raise ValueError(
+                "A process has nothing to run backward, and the others would wait for it: it made no forward for this "
+                "step, or its predictions hide their tensors and none of them has a loss. "
+                + ("It is this one." if is_out else "It is another one.")
+            )
         taking_part = [value for value, count in zip(spread.unbind(), anywhere, strict=True) if count]
         return tuple(map(bool, anywhere)), torch.stack(taking_part).to(losses.dtype) if taking_part else losses
 
     def refuse(self, num_tasks: int, device: torch.device) -> None:
         """Tell the others, who call :meth:`agree`, that this process raises instead."""
         nothing = torch.zeros(num_tasks, dtype=torch.float64, device=device)
-        self._told([*[False] * num_tasks, *_bits(""), False, True], nothing, refusing=True)
+        self._told([*[False] * num_tasks, *_bits(""), False, False, True], nothing, refusing=True)
 
     def _told(self, flags: Sequence[bool], losses: Tensor, *, refusing: bool = False) -> tuple[list[float], Tensor]:
         """How many ranks say yes to each, and the mean of the losses."""
@@ -92,6 +100,9 @@ class Ranks:
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over all ranks of tensors of the same shape and dtype."""
         total = tensor.clone(memory_format=torch.contiguous_format)
+        if total.dtype == torch.float16:  # a sum may be beyond its range
+            dist.all_reduce(total.div_(self.size), group=self._group)
+            return total
         dist.all_reduce(total, group=self._group)
         return total.div_(self.size)
 
@@ -136,6 +147,7 @@ class Peers:
         self._is_replicated = False
         # Whether each process holds a part of the parameters only; None before a forward.
         self.is_sharded: bool | None = None
+        self._has_trained = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Processes are no part of a copy or a pickle; it finds its own.
@@ -160,7 +172,7 @@ class Peers:
     def meet(self, model: nn.Module | None = None) -> None:
         """Called in each forward under gradients, which all processes make."""
         self._is_replicated = self._is_replicated or bool(getattr(model, "_is_replica", False))
-        if self.is_sharded is None:
+        if not self.is_sharded and not self._has_trained:  # it may be sharded after a first forward
             self.is_sharded = model is not None and _is_sharded(model)
         if self._setting is None or not is_distributed():
             return
@@ -180,6 +192,7 @@ class Peers:
         Raises:
             ValueError: the model is in a ``DataParallel``, or in ``join()`` of a ``DistributedDataParallel``.
         """
+        self._has_trained = True
         if self._is_replicated:
             raise ValueError(
                 "torch.nn.DataParallel copies the model in each step, and its copies cannot be balanced jointly. Use "
@@ -191,6 +204,20 @@ class Peers:
                 "DistributedDataParallel.join() stands in for a process without batches, but cannot take its part in "
                 "the balancing. Give every process as many batches (a DistributedSampler does), or hand over losses "
                 "of None where one has none left."
+            )
+
+    def check_first_step(self, here: Sequence[bool]) -> None:
+        """Refuse a first step without a loss where DDP would not notice that it is run backward.
+
+        Raises:
+            ValueError: the enclosing ``DistributedDataParallel`` learns its static graph in this step.
+        """
+        ddp = self._ddp()
+        learns = not getattr(ddp, "_static_graph_delay_allreduce_enqueued", True)
+        if getattr(ddp, "static_graph", False) and learns and not any(here) and _enclosing_ddp() is None:
+            raise ValueError(
+                "DistributedDataParallel(static_graph=True) wants a loss in every process in the first step. Begin "
+                "with a batch that has one, or leave static_graph out."
             )
 
     def check_several_forwards(self) -> None:
@@ -205,6 +232,16 @@ class Peers:
                 "unused in the whole backward pass, so tasks cannot have batches of their own. Leave it out: with "
                 "several processes mtlwrap runs every head in each backward pass."
             )
+
+    @property
+    def is_one_forward(self) -> bool:
+        """Whether only the last forward can be run backward, for DDP looks for unused parameters in each."""
+        return bool(getattr(self._ddp(), "find_unused_parameters", False))
+
+    @property
+    def waits(self) -> bool:
+        """Whether a backward pass waits for that of the others."""
+        return bool(self.is_sharded) or isinstance(self._ddp(), nn.parallel.DistributedDataParallel)
 
     @property
     def may_run_ahead(self) -> bool:

@@ -149,7 +149,9 @@ class GradientBalancer(Balancer):
     Heads keep the gradient of their own loss, unweighted. Alone it is called on a matrix ``[T, n]`` whose rows are
     the gradients, and returns the shared gradient ``[n]``.
 
-    A gradient that is not finite must be neither hidden nor learned from: ``gradients.finite`` tells.
+    A gradient that is not finite must be neither hidden nor learned from: ``gradients.finite`` tells. With several
+    processes each decides by itself, from the same numbers: the decision must follow from these and the state alone,
+    so that a random one needs a generator that is seeded alike in all of them.
     """
 
     @abstractmethod

@@ -180,7 +180,8 @@ class RotateOnly(GradientBalancer):
         leading = tensor.shape[: tensor.dim() - post - rotated]
         positions = math.prod(tensor.shape[tensor.dim() - post :])
         # Without a batch dimension there is one sample.
-        return tensor.reshape(*(leading or (1,)), -1, positions)
+        features = math.prod(tensor.shape[len(leading) : tensor.dim() - post])
+        return tensor.reshape(*(leading or (1,)), features, positions)  # not -1, for a batch can be empty
 
     def _rotated(self, tensor: Tensor, matrix: Tensor) -> Tensor:
         flat, size = self._flat(tensor), math.prod(self.rotation_shape)

@@ -279,6 +279,18 @@ def test_of_several_tensors_the_first_is_rotated() -> None:
     assert_close(third["skip"], z["skip"], **EXACT)
 
 
+@pytest.mark.parametrize("post_shape", [(), (3,)])
+def test_an_empty_batch(post_shape: tuple[int, ...]) -> None:
+    class Zero(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.new_zeros(len(x), 4, *post_shape)
+
+    model = MultiTaskModel(Zero(), [nn.Flatten(), nn.Identity()], RotateOnly(4, post_shape=post_shape))
+    flat, same = model(torch.zeros(0, 2))
+    assert flat.shape == (0, 4 * math.prod(post_shape))
+    assert same.shape == (0, 4, *post_shape)
+
+
 @family
 def test_training_evaluation_and_single_task_models_rotate_alike(name: str) -> None:
     model = model_of(FAMILY[name](6))
