@@ -68,12 +68,13 @@ def study(
     summaries: dict[str, pd.DataFrame] = {}
     of_seeds: dict[str, pd.DataFrame] = {}
     for name, problem in problems.items():
+        compared = [method for method in methods if not problem.methods or method in problem.methods]
         try:
-            complete(tuning_jobs(problem, methods), results, pool, f"{name}: tuning")
+            complete(tuning_jobs(problem, compared), results, pool, f"{name}: tuning")
         except MissingDataError as error:
             console.print(f"'{name}' is left out. {error}", soft_wrap=True, markup=False)
             continue
-        chosen[name] = choose(problem, methods, results)
+        chosen[name] = choose(problem, compared, results)
         jobs = test_jobs(problem, chosen[name], seeds)
         complete(jobs, results, pool, f"{name}: test")
         summaries[name] = summarise(problem, chosen[name], seeds, results)

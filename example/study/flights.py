@@ -39,4 +39,4 @@ def rare_class_up(_: Part) -> Sequence[Sequence[float]]:
 
 
 _TASKS = {"cancelled": BINARY, "dep_delay": REGRESSION, "arr_delay": REGRESSION, "air_time": REGRESSION}
-FLIGHTS = Problem("flights", _TASKS, load, backbone, WIDTH, 4, 512, 1e-2, rare_class_up)
+FLIGHTS = Problem("flights", _TASKS, load, backbone, WIDTH, 4, 1024, 1e-2, rare_class_up)

@@ -103,4 +103,4 @@ def by_labels(training: Part) -> Sequence[Sequence[float]]:
     return [(relative**power).tolist() for power in (0.5, -0.5)]
 
 
-MOLECULES = Problem("molecules", dict.fromkeys(TARGETS, REGRESSION), load, backbone, WIDTH, 8, 1024, 4e-3, by_labels)
+MOLECULES = Problem("molecules", dict.fromkeys(TARGETS, REGRESSION), load, backbone, WIDTH, 5, 1024, 4e-3, by_labels)

@@ -6,5 +6,5 @@ from example.study.molecules import MOLECULES
 from example.study.problem import Problem
 
 PROBLEMS: dict[str, Problem] = {
-    problem.name: problem for problem in (FIVE_TASKS, TWO_DIGITS, FLIGHTS, MOLECULES, FIVE_STANDARDISED)
+    problem.name: problem for problem in (FIVE_TASKS, FIVE_STANDARDISED, TWO_DIGITS, FLIGHTS, MOLECULES)
 }

@@ -51,7 +51,9 @@ def mean_and_error(summary: pd.DataFrame) -> list[str]:
 
 def overview_table(summaries: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """All problems side by side: Δm of every method, its mean rank and time."""
-    table = pd.DataFrame({name: pd.Series(mean_and_error(s), index=s.index) for name, s in summaries.items()})
+    table = pd.DataFrame({name: pd.Series(mean_and_error(s), index=s.index) for name, s in summaries.items()}).fillna(
+        ""
+    )
     for column, form in (("rank", "{:.1f}"), ("time", "{:.2f}")):
         table[column] = pd.DataFrame({name: s[column] for name, s in summaries.items()}).mean(axis=1).map(form.format)
     return table.reindex(next(iter(summaries.values())).index)
@@ -72,7 +74,7 @@ def write_report(
     for name, summary in summaries.items():
         table = problem_table(problems[name], summary, chosen[name]).to_markdown(disable_numparse=True)
         sections.append(f"## {name}\n\n{problems[name].schedule}\n\n{table}\n")
-        if set(BASELINES) < set(summary.index):
+        if len(seeds) > 1 and set(BASELINES) < set(summary.index):
             sections.append("\n".join(f"- {sentence}" for sentence in verdict(changes[name])) + "\n")
         figure = delta_m_figure({str(m): list(row) for m, row in changes[name].iterrows()}, title=f"Δm on {name}")
         figure.savefig(folder / f"{name.replace(', ', '-').replace(' ', '-')}.png")

@@ -57,7 +57,7 @@ class Results:
         self.file = file
         self.outcomes: dict[Key, Outcome] = {}
         if file.exists():
-            for row in pd.read_csv(file, float_precision="round_trip").to_dict("records"):
+            for row in pd.read_csv(file).to_dict("records"):
                 key = Key(*(row[field] for field in Key._fields))
                 self.outcomes[key] = Outcome(json.loads(row["metrics"]), row["seconds_per_step"])
 

@@ -45,7 +45,7 @@ def changes(metrics: pd.DataFrame) -> pd.DataFrame:
 def difference(changes: pd.DataFrame, method: str, other: str) -> tuple[float, float]:
     """By how much a method's Δm exceeds another's, and its standard error, from the differences seed by seed."""
     differences = changes.loc[method].to_numpy() - changes.loc[other].to_numpy()
-    return float(differences.mean()), float(differences.std(ddof=1) / len(differences) ** 0.5)
+    return float(differences.mean()), float(pd.Series(differences).sem())
 
 
 def ranks(metrics: pd.DataFrame) -> "pd.Series[float]":
