@@ -119,6 +119,16 @@ def test_a_stopped_study_goes_on_where_it_stopped(study, done, monkeypatch, tmp_
     assert without_times(resumed) == without_times(text)
 
 
+def test_a_problem_may_compare_some_methods_only(study, done, tmp_path):
+    some = replace(TINY, name="some", methods=("single", "equal"))
+    text = study(problems=[some, TINY])
+    assert {key.method for key in metrics_of(tmp_path) if key.problem == "some"} == {"single", "equal"}
+    (row,) = (line for line in text.splitlines() if line.startswith("| imtl ") and line.count("|") == 6)
+    assert row.split("|")[2].strip() == ""  # and it has no part in the mean rank
+    places = [float(line.split("|")[4]) for line in text.splitlines() if line.count("|") == 6 and "±" in line]
+    assert sum(places) == pytest.approx(1 + 2 + 3 + 4, abs=0.2)
+
+
 def without_times(text):
     """Times are the one thing that a second time is not the same."""
     return [line.rsplit("|", 2)[0] for line in text.splitlines() if line.startswith("|")]
@@ -327,7 +337,7 @@ def test_the_verdict_where_one_helps():
     )
     sentences = verdict(changes)
     assert "Better than equal weights: good (+7.0 ± 0.0)." in sentences
-    assert "Worse than equal weights: bad (-3.1 ± 0.1)." in sentences
+    assert "Worse than equal weights: bad (-3.1 ± 0.0)." in sentences
     assert "Better than a network per task: none." in sentences
     assert sentences[-1] == "Balancing helps here: good is the best, +3.0 ± 0.0 against tuned fixed weights."
 

@@ -17,7 +17,7 @@ from example.study.problem import MissingDataError, Problem
 from example.study.problems import PROBLEMS
 from example.study.report import write_report
 from example.study.runs import Results, complete, test_jobs, tuning_jobs
-from example.study.summary import changes, choose, metrics_frame, summarise
+from example.study.summary import changes, choose, metrics_frame, summarise, tried
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -67,6 +67,7 @@ def study(
     chosen: dict[str, dict[str, int]] = {}
     summaries: dict[str, pd.DataFrame] = {}
     of_seeds: dict[str, pd.DataFrame] = {}
+    scores: dict[str, dict[str, pd.Series[float]]] = {}
     for name, problem in problems.items():
         compared = [method for method in methods if not problem.methods or method in problem.methods]
         try:
@@ -79,8 +80,9 @@ def study(
         complete(jobs, results, pool, f"{name}: test")
         summaries[name] = summarise(problem, chosen[name], seeds, results)
         of_seeds[name] = changes(metrics_frame(jobs, results))
+        scores[name] = tried(problem, compared, results)
         # Again after every problem: what is finished can be read while the others run.
-        text = write_report(out, problems, summaries, chosen, of_seeds, seeds)
+        text = write_report(out, problems, summaries, chosen, of_seeds, scores, seeds)
     if not summaries:
         console.print("There is nothing to report.")
         return ""

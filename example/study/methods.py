@@ -5,9 +5,12 @@ again, and is judged by the validation part. A method with nothing of its own to
 has tries two settings, each at two learning rates. Those are multiples of the problem's.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+
+import torch
 
 from example.study.problem import Part, Problem
 from mtlwrap import (
@@ -60,6 +63,7 @@ class Configuration:
 
     setting: Setting
     lr: float
+    multiple: float
 
     @property
     def label(self) -> str:
@@ -77,9 +81,35 @@ def share_of(share: float, lr: float) -> float:
     return share * lr
 
 
-def learned_at(make: Callable[[Problem, Part], Balancer]) -> list[Setting]:
-    """Log-scales and the like, which a short training must be able to move."""
-    return [Setting(f"balancer_lr={rate:g}", make, partial(fixed_rate, rate)) for rate in (0.01, 0.1)]
+def log_scales(make: Callable[[Problem, Sequence[float] | None], Balancer]) -> list[Setting]:
+    """Log-scales that start at zero, and at what the first losses ask for; made from the logarithms of those."""
+
+    def from_zero(problem: Problem, _: Part) -> Balancer:
+        return make(problem, None)
+
+    def from_first_losses(problem: Problem, training: Part) -> Balancer:
+        return make(problem, [math.log(loss) for loss in first_losses(problem, training)])
+
+    rate = partial(fixed_rate, 0.1)
+    return [
+        Setting("balancer_lr=0.1", from_zero, rate),
+        Setting("balancer_lr=0.1 init", from_first_losses, rate),
+    ]
+
+
+def first_losses(problem: Problem, training: Part) -> list[float]:
+    """The losses of predicting zero, which is about what a new network does; of the tasks in their order."""
+    losses = []
+    for name, task in problem.tasks.items():
+        labels = training.labels[name]
+        known = labels[~labels.isnan()]
+        losses.append(float(task.loss(torch.zeros(len(known), task.outputs), known)))
+    return losses
+
+
+def negated(logarithms: Sequence[float] | None) -> list[float] | None:
+    """IMTL's scales are those by which losses are multiplied."""
+    return None if logarithms is None else [-logarithm for logarithm in logarithms]
 
 
 def turned_at(make: Callable[[Problem, Part], Balancer]) -> list[Setting]:
@@ -133,10 +163,10 @@ SETTINGS: dict[str, list[Setting]] = {
     SINGLE: nothing_to_set(EqualWeighting),
     EQUAL: nothing_to_set(EqualWeighting),
     FIXED: [Setting(f"weights {number + 1}", partial(weighted, number)) for number in range(2)],
-    "uw": learned_at(lambda problem, _: UW(likelihood=likelihoods(problem))),
-    "imtl-l": learned_at(lambda *_: IMTLL()),
+    "uw": log_scales(lambda problem, logs: UW(likelihood=likelihoods(problem), init=logs)),
+    "imtl-l": log_scales(lambda _, logs: IMTLL(init=negated(logs))),
     "imtl-g": nothing_to_set(IMTLG),
-    "imtl": learned_at(lambda *_: IMTL()),
+    "imtl": log_scales(lambda _, logs: IMTL(init=negated(logs))),
     "excess-mtl": [Setting(f"step={step:g}", partial(excess, step)) for step in (0.01, 1.0)],
     "dwa": [Setting(f"temperature={temperature:g}", partial(averaged, temperature)) for temperature in (1.0, 2.0)],
     "gls": nothing_to_set(GLS),
@@ -157,7 +187,7 @@ def configurations(problem: Problem, method: str) -> list[Configuration]:
     """All that is tried for a method on a problem."""
     settings = SETTINGS[method]
     return [
-        Configuration(setting, problem.lr * multiple)
+        Configuration(setting, problem.lr * multiple, multiple)
         for setting in settings
         for multiple in LEARNING_RATES[len(settings)]
     ]

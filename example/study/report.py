@@ -50,13 +50,29 @@ def mean_and_error(summary: pd.DataFrame) -> list[str]:
 
 
 def overview_table(summaries: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """All problems side by side: Δm of every method, its mean rank and time."""
-    table = pd.DataFrame({name: pd.Series(mean_and_error(s), index=s.index) for name, s in summaries.items()}).fillna(
-        ""
-    )
+    """All problems side by side: Δm of every method, its mean rank and time over the problems that have all methods."""
+    of_problems = {name: pd.Series(mean_and_error(summary), index=summary.index) for name, summary in summaries.items()}
+    order = max((summary.index for summary in summaries.values()), key=len)
+    table = pd.DataFrame(of_problems).reindex(order).fillna("")
+    whole = {name: summary for name, summary in summaries.items() if len(summary) == len(order)}
     for column, form in (("rank", "{:.1f}"), ("time", "{:.2f}")):
-        table[column] = pd.DataFrame({name: s[column] for name, s in summaries.items()}).mean(axis=1).map(form.format)
-    return table.reindex(next(iter(summaries.values())).index)
+        table[column] = pd.DataFrame({name: summary[column] for name, summary in whole.items()}).mean(axis="columns")
+        table[column] = table[column].map(form.format)
+    return table
+
+
+def tuning_table(
+    problems: Mapping[str, Problem], tried: Mapping[str, Mapping[str, "pd.Series[float]"]]
+) -> pd.DataFrame:
+    """Δm on the validation part of everything that was tried, by multiple of the problem's learning rate."""
+    rows = [
+        {"method": method, "setting": configuration.setting.label, "lr": f"{configuration.multiple:g}", name: score}
+        for name, of_problem in tried.items()
+        for method, scores in of_problem.items()
+        for configuration, score in zip(configurations(problems[name], method), scores, strict=True)
+    ]
+    table = pd.DataFrame(rows).groupby(["method", "setting", "lr"], sort=False).first()
+    return table.map("{:+.1f}".format).replace("+nan", "").reset_index().set_index("method")
 
 
 def write_report(
@@ -65,12 +81,13 @@ def write_report(
     summaries: Mapping[str, pd.DataFrame],
     chosen: Mapping[str, Mapping[str, int]],
     changes: Mapping[str, pd.DataFrame],
+    tried: Mapping[str, Mapping[str, "pd.Series[float]"]],
     seeds: Sequence[int],
 ) -> str:
     """Write ``table.md`` and a figure per problem; returns the text of the table."""
     sections = [INTRODUCTION.format(seeds=len(seeds), budget=BUDGET)]
     if len(summaries) > 1:
-        sections.append(f"## All problems: Δm in %\n\n{overview_table(summaries).to_markdown()}\n")
+        sections.append(f"## All problems: Δm in %\n\n{overview_table(summaries).to_markdown(disable_numparse=True)}\n")
     for name, summary in summaries.items():
         table = problem_table(problems[name], summary, chosen[name]).to_markdown(disable_numparse=True)
         sections.append(f"## {name}\n\n{problems[name].schedule}\n\n{table}\n")
@@ -78,6 +95,8 @@ def write_report(
             sections.append("\n".join(f"- {sentence}" for sentence in verdict(changes[name])) + "\n")
         figure = delta_m_figure({str(m): list(row) for m, row in changes[name].iterrows()}, title=f"Δm on {name}")
         figure.savefig(folder / f"{name.replace(', ', '-').replace(' ', '-')}.png")
+    table = tuning_table(problems, tried).to_markdown(disable_numparse=True)
+    sections.append(f"## What was tried: Δm in % on the validation part, one seed\n\n{table}\n")
     text = "\n".join(sections)
     (folder / "table.md").write_text(text, encoding="utf-8")
     return text

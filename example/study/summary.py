@@ -1,5 +1,6 @@
 """From results to numbers: what is chosen, Δm, ranks and differences."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -19,10 +20,15 @@ def choose(problem: Problem, methods: Sequence[str], results: Results) -> dict[s
 
     Δm is taken against the tasks trained alone, by the configuration with the best mean of the metrics.
     """
-    tried = {method: validation_metrics(problem, method, results) for method in methods}
-    alone = tried[SINGLE]
+    return {method: int(scores.to_numpy().argmax()) for method, scores in tried(problem, methods, results).items()}
+
+
+def tried(problem: Problem, methods: Sequence[str], results: Results) -> dict[str, "pd.Series[float]"]:
+    """For each method Δm of every configuration on the validation part, by the configuration's number."""
+    metrics = {method: validation_metrics(problem, method, results) for method in methods}
+    alone = metrics[SINGLE]
     reference = alone.iloc[int(alone.mean(axis="columns").to_numpy().argmax())]
-    return {method: int(change(metrics, reference).to_numpy().argmax()) for method, metrics in tried.items()}
+    return {method: change(of_method, reference) for method, of_method in metrics.items()}
 
 
 def validation_metrics(problem: Problem, method: str, results: Results) -> pd.DataFrame:
@@ -45,7 +51,8 @@ def changes(metrics: pd.DataFrame) -> pd.DataFrame:
 def difference(changes: pd.DataFrame, method: str, other: str) -> tuple[float, float]:
     """By how much a method's Δm exceeds another's, and its standard error, from the differences seed by seed."""
     differences = changes.loc[method].to_numpy() - changes.loc[other].to_numpy()
-    return float(differences.mean()), float(pd.Series(differences).sem())
+    error = differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return float(differences.mean()), float(error)
 
 
 def ranks(metrics: pd.DataFrame) -> "pd.Series[float]":
