@@ -119,16 +119,6 @@ def test_a_stopped_study_goes_on_where_it_stopped(study, done, monkeypatch, tmp_
     assert without_times(resumed) == without_times(text)
 
 
-def test_a_problem_may_compare_some_methods_only(study, done, tmp_path):
-    some = replace(TINY, name="some", methods=("single", "equal"))
-    text = study(problems=[some, TINY])
-    assert {key.method for key in metrics_of(tmp_path) if key.problem == "some"} == {"single", "equal"}
-    (row,) = (line for line in text.splitlines() if line.startswith("| imtl ") and line.count("|") == 6)
-    assert row.split("|")[2].strip() == ""  # and it has no part in the mean rank
-    places = [float(line.split("|")[4]) for line in text.splitlines() if line.count("|") == 6 and "±" in line]
-    assert sum(places) == pytest.approx(1 + 2 + 3 + 4, abs=0.2)
-
-
 def without_times(text):
     """Times are the one thing that a second time is not the same."""
     return [line.rsplit("|", 2)[0] for line in text.splitlines() if line.startswith("|")]

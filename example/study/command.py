@@ -69,18 +69,17 @@ def study(
     of_seeds: dict[str, pd.DataFrame] = {}
     scores: dict[str, dict[str, pd.Series[float]]] = {}
     for name, problem in problems.items():
-        compared = [method for method in methods if not problem.methods or method in problem.methods]
         try:
-            complete(tuning_jobs(problem, compared), results, pool, f"{name}: tuning")
+            complete(tuning_jobs(problem, methods), results, pool, f"{name}: tuning")
         except MissingDataError as error:
             console.print(f"'{name}' is left out. {error}", soft_wrap=True, markup=False)
             continue
-        chosen[name] = choose(problem, compared, results)
+        chosen[name] = choose(problem, methods, results)
         jobs = test_jobs(problem, chosen[name], seeds)
         complete(jobs, results, pool, f"{name}: test")
         summaries[name] = summarise(problem, chosen[name], seeds, results)
         of_seeds[name] = changes(metrics_frame(jobs, results))
-        scores[name] = tried(problem, compared, results)
+        scores[name] = tried(problem, methods, results)
         # Again after every problem: what is finished can be read while the others run.
         text = write_report(out, problems, summaries, chosen, of_seeds, scores, seeds)
     if not summaries:

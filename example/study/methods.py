@@ -35,7 +35,7 @@ from mtlwrap import (
 
 BUDGET = 4
 # The multiples of the problem's learning rate, by the number of settings.
-LEARNING_RATES = {1: (0.5, 1.0, 2.0, 4.0), 2: (1.0, 3.0)}
+LEARNING_RATES = {1: (0.5, 1.0, 2.0, 4.0), 2: (1.0, 2.0)}
 
 # What the others are measured against.
 SINGLE, EQUAL, FIXED = "single", "equal", "fixed"

@@ -86,7 +86,6 @@ class Problem:
         batch_size: of the training.
         lr: the learning rate that those tried are multiples of.
         weights: what is tried for fixed weights: two vectors, each with one for every task, from the training part.
-        methods: which methods are compared on it; none for all.
     """
 
     name: str
@@ -98,7 +97,6 @@ class Problem:
     batch_size: int
     lr: float
     weights: Callable[[Part], Sequence[Sequence[float]]]
-    methods: Sequence[str] = ()
 
     @property
     def schedule(self) -> str:

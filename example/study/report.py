@@ -44,20 +44,17 @@ def problem_table(problem: Problem, summary: pd.DataFrame, chosen: Mapping[str, 
     return table
 
 
-def mean_and_error(summary: pd.DataFrame) -> list[str]:
+def mean_and_error(summary: pd.DataFrame) -> "pd.Series[str]":
     """Δm with its standard error."""
-    return [f"{mean:+.1f} ± {error:.1f}" for mean, error in zip(summary["change"], summary["error"], strict=True)]
+    return summary["change"].map("{:+.1f}".format) + " ± " + summary["error"].map("{:.1f}".format)
 
 
 def overview_table(summaries: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """All problems side by side: Δm of every method, its mean rank and time over the problems that have all methods."""
-    of_problems = {name: pd.Series(mean_and_error(summary), index=summary.index) for name, summary in summaries.items()}
-    order = max((summary.index for summary in summaries.values()), key=len)
-    table = pd.DataFrame(of_problems).reindex(order).fillna("")
-    whole = {name: summary for name, summary in summaries.items() if len(summary) == len(order)}
+    """All problems side by side: Δm of every method, and its mean rank and time."""
+    table = pd.DataFrame({name: mean_and_error(summary) for name, summary in summaries.items()})
     for column, form in (("rank", "{:.1f}"), ("time", "{:.2f}")):
-        table[column] = pd.DataFrame({name: summary[column] for name, summary in whole.items()}).mean(axis="columns")
-        table[column] = table[column].map(form.format)
+        values = pd.DataFrame({name: summary[column] for name, summary in summaries.items()})
+        table[column] = values.mean(axis="columns").map(form.format)
     return table
 
 
