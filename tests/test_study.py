@@ -164,7 +164,7 @@ def test_a_problem_without_its_data_is_left_out_and_the_others_are_not(study, ca
 
 
 def test_nothing_at_all(study, tmp_path):
-    assert study(problems=[replace(TINY, load=no_data)]) == ""
+    assert study(problems=[replace(TINY, load=no_data)]) == "There is nothing to report."
     assert not (tmp_path / "table.md").exists()
 
 
@@ -203,7 +203,7 @@ def test_the_configuration_is_chosen_by_the_validation_part_and_its_own_seed_onl
         results.outcomes[validation.key] = Outcome({"amount": good, "kind": good}, 0.0)
         test = Job(TINY, method, number, 0, "test")
         results.outcomes[test.key] = Outcome({"amount": 1 - good, "kind": 1 - good}, 0.0)
-    assert summary.choose(TINY, ["single", "equal"], results) == {"single": 1, "equal": 1}
+    assert summary.choose(summary.tried(TINY, ["single", "equal"], results)) == {"single": 1, "equal": 1}
     jobs = runs.tuning_jobs(TINY, METHODS)
     assert {(job.part, job.seed) for job in jobs} == {("validation", TUNING_SEED)}
     assert {job.part for job in runs.test_jobs(TINY, {"equal": 1}, SEEDS)} == {"test"}

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 
-import pandas as pd
 import torch
 from rich.console import Console
 
@@ -16,8 +15,9 @@ from example.study.methods import SETTINGS, SINGLE
 from example.study.problem import MissingDataError, Problem
 from example.study.problems import PROBLEMS
 from example.study.report import write_report
-from example.study.runs import Results, complete, test_jobs, tuning_jobs
-from example.study.summary import changes, choose, metrics_frame, summarise, tried
+from example.study.runs import TUNING_SEED, Results, complete, test_jobs, tuning_jobs
+from example.study.summary import Findings, choose, metrics_frame, seconds, tried
+from example.study.training import norm_ratio
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -64,30 +64,36 @@ def study(
     """Tune, run and report problem by problem; a problem whose data are missing is left out, and said to be."""
     console = Console(highlight=False)
     results = Results(out / "results.csv")
-    chosen: dict[str, dict[str, int]] = {}
-    summaries: dict[str, pd.DataFrame] = {}
-    of_seeds: dict[str, pd.DataFrame] = {}
-    scores: dict[str, dict[str, pd.Series[float]]] = {}
+    findings: dict[str, Findings] = {}
+    text = "There is nothing to report."
     for name, problem in problems.items():
         try:
-            complete(tuning_jobs(problem, methods), results, pool, f"{name}: tuning")
+            findings[name] = investigate(problem, methods, seeds, results, pool)
         except MissingDataError as error:
             console.print(f"'{name}' is left out. {error}", soft_wrap=True, markup=False)
             continue
-        chosen[name] = choose(problem, methods, results)
-        jobs = test_jobs(problem, chosen[name], seeds)
-        complete(jobs, results, pool, f"{name}: test")
-        summaries[name] = summarise(problem, chosen[name], seeds, results)
-        of_seeds[name] = changes(metrics_frame(jobs, results))
-        scores[name] = tried(problem, methods, results)
         # Again after every problem: what is finished can be read while the others run.
-        text = write_report(out, problems, summaries, chosen, of_seeds, scores, seeds)
-    if not summaries:
-        console.print("There is nothing to report.")
-        return ""
-    console.print(text, markup=False)
-    console.print(f"Table, figures and results are in {out}.", soft_wrap=True)
+        text = write_report(out, findings, len(seeds))
+    console.print(text, markup=False, soft_wrap=True)
+    if findings:
+        console.print(f"Table, figures and results are in {out}.", soft_wrap=True)
     return text
+
+
+def investigate(
+    problem: Problem, methods: Sequence[str], seeds: Sequence[int], results: Results, pool: Executor
+) -> Findings:
+    """Tune every method on a problem, then test it.
+
+    Raises:
+        MissingDataError: the problem's data are not installed.
+    """
+    complete(tuning_jobs(problem, methods), results, pool, f"{problem.name}: tuning")
+    scores = tried(problem, methods, results)
+    jobs = test_jobs(problem, choose(scores), seeds)
+    complete(jobs, results, pool, f"{problem.name}: test")
+    ratio = pool.submit(norm_ratio, problem, TUNING_SEED).result()
+    return Findings(problem, scores, choose(scores), metrics_frame(jobs, results), seconds(jobs, results), ratio)
 
 
 def _listed(names: Mapping[str, object]) -> str:

@@ -2,12 +2,37 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 
 from example.study.methods import EQUAL, SINGLE
 from example.study.problem import Problem
-from example.study.runs import Job, Results, test_jobs, tuning_jobs
+from example.study.runs import Job, Results, tuning_jobs
+
+# For each method Δm of every configuration on the validation part, by the configuration's number.
+Scores = Mapping[str, "pd.Series[float]"]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What came out for a problem.
+
+    Attributes:
+        problem: the problem.
+        tried: of all configurations.
+        chosen: for each method the number of its configuration.
+        metrics: a row per method and seed, a column per task.
+        seconds: of a step, for each method.
+        norm_ratio: of the tasks' gradients in a new network.
+    """
+
+    problem: Problem
+    tried: Scores
+    chosen: Mapping[str, int]
+    metrics: pd.DataFrame
+    seconds: "pd.Series[float]"
+    norm_ratio: float
 
 
 def change(metrics: pd.DataFrame, reference: "pd.Series[float]") -> "pd.Series[float]":
@@ -15,31 +40,34 @@ def change(metrics: pd.DataFrame, reference: "pd.Series[float]") -> "pd.Series[f
     return 100 * ((metrics - reference) / reference.abs()).mean(axis="columns")
 
 
-def choose(problem: Problem, methods: Sequence[str], results: Results) -> dict[str, int]:
-    """For each method the number of the configuration with the best Δm on the validation part.
-
-    Δm is taken against the tasks trained alone, by the configuration with the best mean of the metrics.
-    """
-    return {method: int(scores.to_numpy().argmax()) for method, scores in tried(problem, methods, results).items()}
-
-
-def tried(problem: Problem, methods: Sequence[str], results: Results) -> dict[str, "pd.Series[float]"]:
-    """For each method Δm of every configuration on the validation part, by the configuration's number."""
-    metrics = {method: validation_metrics(problem, method, results) for method in methods}
+def tried(problem: Problem, methods: Sequence[str], results: Results) -> Scores:
+    """Δm of what was tried, against the tasks trained alone by the configuration with the best mean of the metrics."""
+    metrics = {
+        method: pd.DataFrame([results.of(job).metrics for job in tuning_jobs(problem, [method])]) for method in methods
+    }
     alone = metrics[SINGLE]
     reference = alone.iloc[int(alone.mean(axis="columns").to_numpy().argmax())]
     return {method: change(of_method, reference) for method, of_method in metrics.items()}
 
 
-def validation_metrics(problem: Problem, method: str, results: Results) -> pd.DataFrame:
-    """A row per configuration that was tried, a column per task."""
-    return pd.DataFrame([results.of(job).metrics for job in tuning_jobs(problem, [method])])
+def choose(scores: Scores) -> dict[str, int]:
+    """For each method the number of the best configuration."""
+    return {method: int(of_method.to_numpy().argmax()) for method, of_method in scores.items()}
 
 
 def metrics_frame(jobs: Sequence[Job], results: Results) -> pd.DataFrame:
     """A row per method and seed, a column per task."""
-    index = pd.MultiIndex.from_tuples([(job.method, job.seed) for job in jobs], names=["method", "seed"])
-    return pd.DataFrame([results.of(job).metrics for job in jobs], index=index)
+    return pd.DataFrame([results.of(job).metrics for job in jobs], index=_index(jobs))
+
+
+def seconds(jobs: Sequence[Job], results: Results) -> "pd.Series[float]":
+    """The time of each method's step, the median over the seeds."""
+    steps = pd.Series([results.of(job).seconds_per_step for job in jobs], index=_index(jobs))
+    return steps.groupby("method").median()
+
+
+def _index(jobs: Sequence[Job]) -> pd.MultiIndex:
+    return pd.MultiIndex.from_tuples([(job.method, job.seed) for job in jobs], names=["method", "seed"])
 
 
 def changes(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -60,18 +88,17 @@ def ranks(metrics: pd.DataFrame) -> "pd.Series[float]":
     return metrics.groupby("seed").rank(ascending=False).groupby("method").mean().mean(axis="columns")
 
 
-def summarise(problem: Problem, chosen: Mapping[str, int], seeds: Sequence[int], results: Results) -> pd.DataFrame:
+def summarise(findings: Findings) -> pd.DataFrame:
     """A row per method: mean metrics, Δm with standard deviation and error, rank, a step's time over equal's."""
-    jobs = test_jobs(problem, chosen, seeds)
-    metrics = metrics_frame(jobs, results)
-    of_seeds = changes(metrics)
-    seconds = pd.Series([results.of(job).seconds_per_step for job in jobs], index=metrics.index)
-    medians = seconds.groupby("method").median()
-    summary = metrics.groupby("method", sort=False).mean()
-    return summary.assign(
-        change=of_seeds.mean(axis=1),
-        deviation=of_seeds.std(axis=1),
-        error=of_seeds.sem(axis=1),
-        rank=ranks(metrics),
-        time=medians / medians.get(EQUAL, float("nan")),
+    of_seeds = changes(findings.metrics)
+    return (
+        findings.metrics.groupby("method", sort=False)
+        .mean()
+        .assign(
+            change=of_seeds.mean(axis="columns"),
+            deviation=of_seeds.std(axis="columns"),
+            error=of_seeds.sem(axis="columns"),
+            rank=ranks(findings.metrics),
+            time=findings.seconds / findings.seconds.get(EQUAL, math.nan),
+        )
     )

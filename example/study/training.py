@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from example.study.methods import Configuration, groups
 from example.study.problem import Part, Problem
-from mtlwrap import Balancer, MultiTaskModel
+from mtlwrap import Balancer, EqualWeighting, MultiTaskModel, cached
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,21 @@ def run(problem: Problem, method: str, configuration: Configuration, seed: int, 
         metrics |= evaluate(problem, model, measured)
         seconds += median(steps)
     return Outcome(metrics, seconds)
+
+
+def norm_ratio(problem: Problem, seed: int) -> float:
+    """By how much the tasks' gradients on the representation differ in norm in a new network: largest over smallest."""
+    training = problem.load().training
+    torch.manual_seed(seed)
+    model = network(problem, list(problem.tasks), EqualWeighting(), training.features[:1])
+    with cached():
+        batch = training[torch.arange(min(problem.batch_size, len(training)))]
+        model.backward(losses(problem, model(batch.features), batch.labels))
+        gradients = model.task_gradients
+        if gradients is None:
+            raise RuntimeError("No gradients were balanced.")
+        norms = gradients.norms
+        return float(norms.max() / norms.min())
 
 
 def network(problem: Problem, tasks: Sequence[str], balancer: Balancer, example: Tensor) -> MultiTaskModel:
