@@ -39,9 +39,10 @@ def conclusion(changes: pd.DataFrame, balancers: list[str]) -> str:
     """Whether to balance: what counts is the better of equal and tuned fixed weights."""
     means = changes.mean(axis="columns")
     plain = str(means[[EQUAL, FIXED]].idxmax())
-    best = str(means[balancers].idxmax())
+    helpful = [method for method in balancers if beats(changes, method, plain)]
+    best = str(means[helpful or balancers].idxmax())
     apart = signed(changes, best, plain)
-    if any(beats(changes, method, plain) for method in balancers):
+    if helpful:
         return f"Balancing helps here: {best} is the best, {apart} against {AGAINST[plain]}."
     return f"Balancing does not help here: {AGAINST[plain]} do as well as the best balancer, {best} ({apart})."
 
