@@ -341,6 +341,11 @@ def test_the_verdict_where_none_helps_though_one_looks_better():
     assert sentences[-1].startswith("Balancing does not help here: tuned fixed weights do as well as the best balancer")
 
 
+def test_the_verdict_where_it_may_be_chance():
+    changes = changes_of(single=[0.0] * 4, equal=[-3.0] * 4, fixed=[-4.0] * 4, some=[-2.5, -1.5, -2.5, -1.5])
+    assert verdict(changes)[-1] == ("Balancing may help here, or it is chance: some, +1.0 ± 0.3 against equal weights.")
+
+
 def test_two_standard_errors_decide():
     changes = changes_of(single=[0.0] * 4, equal=[0.0] * 4, fixed=[-1.0] * 4, some=[0.0, 2.0, 0.0, 2.0])
     mean, error = summary.difference(changes, "some", "equal")

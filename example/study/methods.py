@@ -2,7 +2,8 @@
 
 Each method may try :data:`BUDGET` configurations on each problem, no more and no less, from one seed that is not used
 again, and is judged by the validation part. A method with nothing of its own to set tries four learning rates; one that
-has tries two settings, each at two learning rates. Those are multiples of the problem's.
+has tries two settings, each at two learning rates. Those are multiples of the problem's. The grid was changed once, in
+view of first results: log-scales got the start at the first losses, and the upper of the two learning rates came down.
 """
 
 import math
