@@ -22,7 +22,7 @@ processor's for a step, over that with equal weights; of all networks together w
 
 Each method tried {budget} configurations from a seed of its own and was given the one that did best on the validation
 part. "Better" and "worse" are by more than two standard errors of the difference, seed by seed. With {seeds} seeds and
-so many methods one or two such differences are to be expected by chance: less than five errors is a hint, no finding."""
+so many methods one or two such differences are to be expected by chance: below five errors they are hints."""
 
 
 def problem_table(findings: Findings) -> pd.DataFrame:
