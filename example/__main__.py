@@ -1,4 +1,4 @@
-"""``python -m example``, and ``python -m example toy``."""
+"""``python -m example``, ``python -m example toy`` and ``python -m example study``."""
 
 import sys
 from contextlib import suppress
@@ -14,6 +14,10 @@ if __name__ == "__main__":
             from example.toy import main as toy
 
             toy(sys.argv[2:])
+        elif sys.argv[1:2] == ["study"]:
+            from example.study.command import main as study
+
+            study(sys.argv[2:])
         else:
             from example.compare import main
 

@@ -1,4 +1,4 @@
-"""What is compared: every balancer on one network for all tasks, and a network for each task alone."""
+"""What is compared: ten ways to balance one network for all tasks, and a network for each task alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -12,8 +12,9 @@ def argument_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(
         "python -m example",
-        description="Four tasks on flights, under every balancer and each alone. Ctrl-C ends it with what it has.",
-        epilog="python -m example toy: two tasks on a representation of two numbers, as an animation.",
+        description="Four tasks on flights, under several balancers and each alone. Ctrl-C ends it with what it has.",
+        epilog="python -m example toy: two tasks on a representation of two numbers, as an animation. "
+        "python -m example study: every balancer on several problems, all tuned alike.",
     )
     add = parser.add_argument
     add(
