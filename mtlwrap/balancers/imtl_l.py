@@ -31,7 +31,9 @@ class IMTLL(LogScaleBalancer):
 
     Args:
         shape: the shape of the values, an int ``n`` for ``(n,)``; None leaves it to the model.
-        init: the initial log-scales, one number or one per value; None for zeros.
+        init: the initial log-scales, one number or one per value; None for zeros. Where a first loss :math:`L` is far
+            from 1, begin with :math:`-\log L`: until the scales have found it the shared network is that of a plain
+            sum.
         bound: log-scales are kept within ``[-bound, bound]``. The default lets losses from 2e-9 to 5e8 be scaled to 1.
 
     Shape:

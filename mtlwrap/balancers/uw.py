@@ -38,7 +38,9 @@ class UW(LogScaleBalancer):
     Args:
         shape: the shape of the values, an int ``n`` for ``(n,)``; None leaves it to the model.
         likelihood: one for all, or one per task.
-        init: the initial log-variances, one number or one per value; None for zeros.
+        init: the initial log-variances, one number or one per value; None for zeros. Where a first loss :math:`L` is
+            far from 1, begin with :math:`\log L`: until the scales have found it the shared network is that of a plain
+            sum.
         bound: log-variances are kept within ``[-bound, bound]``.
 
     Shape:
