@@ -126,8 +126,11 @@ def _forget(schedule: Schedule, _: object) -> None:
 class Exact:
     """What a fork needs to balance the gradients on the shared parameters, rather than those on the representation."""
 
-    def __init__(self, parameters: Sequence[Tensor], schedule: Schedule | None, vectorize: bool = False) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], schedule: Schedule | None, vectorize: bool = False, *, whole: bool = False
+    ) -> None:
         self.parameters = tuple(parameters)
+        self.whole = whole
         self.schedule = schedule
         self.vectorize = vectorize
 
@@ -142,7 +145,7 @@ class Exact:
             if stacked is not None:
                 rows.fill(stacked)
                 return rows
-        layers = linear_layers(edges, self.parameters, len(present))
+        layers = [] if self.whole else linear_layers(edges, self.parameters, len(present))
         if layers:
             factored = FactoredRows(self.parameters, taking_part, layers)
             factored.pull_back(edges, parts)

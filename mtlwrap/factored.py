@@ -20,7 +20,7 @@ squares; here nothing is squared before it is added up.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -33,6 +33,7 @@ from mtlwrap.gradients import weighted_sum
 from mtlwrap.probe import nodes_behind, pull_back
 from mtlwrap.processes import Ranks
 from mtlwrap.rows import Rows, spread
+from mtlwrap.surroundings import without_autocast
 
 # Measured on a CPU, in the time that a product of matrices takes for one multiplication: a multiplication of a QR
 # decomposition; inner products, for each number of a row; all that is called for a layer besides.
@@ -159,7 +160,18 @@ class FactoredRows:
                 self._rest.add(found[: len(others)])
                 for factors, on_output in zip(self._layers, found[len(others) :], strict=True):
                     # autograd.grad answers before hooks of the output run, unless nothing else is asked behind it.
-                    factors.on_output[task] = heard.get(factors.layer.node, on_output)
+                    if factors.layer.node in heard:
+                        on_output = heard[factors.layer.node]
+                    elif on_output is not None:
+                        on_output = on_output.clone()
+                    factors.on_output[task] = on_output
+
+    @torch.no_grad()
+    def keep_inputs(self) -> None:
+        """Copy the layers' inputs: they may be asked for after they were overwritten, seen (optimizer) or unseen."""
+        for factors in self._layers:
+            inputs = factors._inputs().clone()
+            factors.layer = replace(factors.layer, inputs=inputs, version=inputs._version)
 
     @property
     def like(self) -> Tensor:
@@ -205,12 +217,13 @@ class FactoredRows:
         """The gradients themselves."""
         if self._whole is None:
             whole, rest = Rows(self._parameters, self._taking_part), self._rest.parts()
-            for task in self._present():
-                row = [vector for part in rest if (vector := part[task]) is not None]
-                gradients = self._placed(self._rest.shaped(row))
-                for factors in self._layers:
-                    factors.place(factors.on_output[task], gradients)
-                whole.add(gradients)
+            with without_autocast("cpu"):  # it may be asked for anywhere
+                for task in self._present():
+                    row = [vector for part in rest if (vector := part[task]) is not None]
+                    gradients = self._placed(self._rest.shaped(row))
+                    for factors in self._layers:
+                        factors.place(factors.on_output[task], gradients)
+                    whole.add(gradients)
             self._whole = whole
         return self._whole
 
@@ -286,7 +299,8 @@ def _listening(nodes: Sequence[Node]) -> Iterator[dict[Node, Tensor | None]]:
 
     def note(node: Node, arrived: Sequence[Tensor | None]) -> None:
         if get_ident() == thread:
-            heard[node] = arrived[0]
+            # A copy: whoever runs later may write to it, a function with a buffer of its own in the next pass too.
+            heard[node] = None if arrived[0] is None else arrived[0].clone()
 
     handles = [node.register_prehook(partial(note, node)) for node in nodes]
     try:

@@ -38,6 +38,8 @@ class Junction:
         self.peers = Peers() if peers is None else peers
         self.report = Report()
         self._origins = Origins(self, self.peers)
+        # Tasks whose heads take part in each other's backward passes across the processes.
+        self._communicating: frozenset[int] = frozenset()
         # Of a total of no losses.
         self._device, self._dtype = torch.device("cpu"), torch.float32
         # Whether the graph of exact gradients was looked at.
@@ -123,6 +125,7 @@ class Junction:
         if self.peers.ranks is None or not torch.is_grad_enabled():
             return predictions
         found = visible_tensors(predictions)
+        self._communicating = frozenset(task for task in range(len(self.tasks)) if _communicates(heads[task]))
         others = [p for p in balancer.parameters() if p.requires_grad]
         for task in predictions.keys() - found.keys():
             out_of_sight = [p for p in heads[task].parameters() if p.requires_grad]
@@ -207,7 +210,7 @@ class Junction:
         taking_part, values = ranks.agree(here, values, self._form(found, balancer), is_idle=is_idle, is_out=is_out)
         for station in found.stations:
             station.is_ordered = True
-        return Order(taking_part, here, values, ranks)
+        return Order(taking_part, here, values, ranks, self._communicating)
 
     def _form(self, found: Found, balancer: Balancer) -> str:
         """What the processes' steps must have in common, in words."""
@@ -260,6 +263,11 @@ class Junction:
                 check_whole(fork.exact.parameters, bool(self.peers.is_sharded))
                 check_repeatable(fork.edges)
                 self._seen_exact = True
+
+
+def _communicates(head: nn.Module) -> bool:
+    """Whether its backward pass exchanges gradients with other processes; torch's SyncBatchNorm and its imitations."""
+    return any("SyncBatchNorm" in type(module).__name__ for module in head.modules())
 
 
 def _positions(taking_part: Sequence[bool]) -> list[int] | None:

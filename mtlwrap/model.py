@@ -225,6 +225,9 @@ class MultiTaskModel(nn.Module):
         finally:
             for module, mode in modes.items():
                 module.training = mode
+                # fully_shard leaves whole what a forward gathered: an optimizer made now would train nothing.
+                if hasattr(module, "_get_fsdp_state") and callable(reshard := getattr(module, "reshard", None)):
+                    reshard()
 
     @property
     def task_weights(self) -> Tensor | None:
@@ -311,7 +314,9 @@ class MultiTaskModel(nn.Module):
             return None
         shared = [p for p in self.backbone.parameters() if p.requires_grad]
         # With nothing to train in the backbone what is left is the gradient on its input, by way of the representation.
-        return Exact(shared, self.schedule, self._exact.vectorize) if shared else None
+        # Hooks of modules, other than full ones, sit at nodes that keep them to themselves.
+        hooked = any(module._backward_hooks and not module._is_full_backward_hook for module in self.backbone.modules())
+        return Exact(shared, self.schedule, self._exact.vectorize, whole=hooked) if shared else None
 
     def _positions(self, tasks: int | str | Iterable[int | str] | None) -> list[int]:
         if tasks is None:

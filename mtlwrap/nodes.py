@@ -147,7 +147,9 @@ class ForkState:
             # Without gradients: those on the parameters are not known now, and others would be mistaken for them.
             self.report.fill(raw_weights(weights, on_z), None, self.scope)
             return [*where_read(on_z.scaled_sum(weights), parts), *[None] * len(self.parameters), *nothing]
-        rows = exact.rows(self.edges, parts, taking_part)
+        rows = exact.rows(self.edges, self.with_zeros(parts, running), taking_part)
+        if self.scope is not None and isinstance(rows, FactoredRows):
+            rows.keep_inputs()  # questions come until the scope ends
         chosen, gradients = weighed_exactly(exact, self.balancer, rows, running)
         own = self._own(gradients, running.scale)
         self._report(chosen, gradients)

@@ -3,7 +3,7 @@
 The names of torch used here that are not public each have a fall-back.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,13 +56,24 @@ class Order:
         here: whether it does so in this one.
         losses: the values of the losses that take part, a vector; the means over the processes.
         ranks: the processes, if there are several.
+        communicating: the tasks whose heads have a gradient from other processes too.
     """
 
     def __init__(
-        self, taking_part: tuple[bool, ...], here: tuple[bool, ...], losses: Tensor, ranks: Ranks | None = None
+        self,
+        taking_part: tuple[bool, ...],
+        here: tuple[bool, ...],
+        losses: Tensor,
+        ranks: Ranks | None = None,
+        communicating: Collection[int] = (),
     ) -> None:
         self.taking_part = taking_part
         self.here = here
+        # For each task, whether what arrives of it in this process counts.
+        self.counted = tuple(
+            is_here or (anywhere and task in communicating)
+            for task, (is_here, anywhere) in enumerate(zip(here, taking_part, strict=True))
+        )
         self.losses = losses
         self.ranks = ranks
         # Makes a decision, given the gradients on the losses, in a pass; None leaves it to the fork.
@@ -96,10 +107,10 @@ class Pass:
     def arrived(self, parts: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
         """The gradients that count, dense: what arrives of a task that takes no part does not.
 
-        With several processes a head without a loss here can have a gradient still: that of a SyncBatchNorm comes from
-        all of them.
+        With several processes a head without a loss here can have a gradient still, that of a SyncBatchNorm comes from
+        all of them. From other heads it would be what they make of a gradient of zero.
         """
-        counts = self.order.here if self.order.ranks is None else self.order.taking_part
+        counts = self.order.counted
         return [[plain(g) if is_in else None for g, is_in in zip(part, counts, strict=True)] for part in parts]
 
     def task_gradients(

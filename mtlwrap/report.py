@@ -288,7 +288,8 @@ def _disagreement(known: Records) -> list[str]:
         texts.append(f"{_pair(pairs[-1])} agree best ({signed(means[pairs[-1]])}).")
     if math.isfinite(mean(known.conflicts)):
         texts.append(
-            f"In {100 * mean(known.conflicts):.0f} % of the steps at least two tasks pulled against each other."
+            f"In {100 * mean(known.conflicts):.0f} % of the steps at least two tasks pulled against each other, "
+            "however little."
         )
     return texts
 
@@ -343,7 +344,10 @@ def _cost(run: Run) -> list[str]:
     if run.plain_seconds_per_step is None:
         return [f"{text}; there is no plain sum to compare it with."]
     ratio = run.seconds_per_step / run.plain_seconds_per_step
-    return [f"{text}, {ratio:.2f} times the {1000 * run.plain_seconds_per_step:.3g} ms of a plain sum of the losses."]
+    return [
+        f"{text}, {ratio:.2f} times the {1000 * run.plain_seconds_per_step:.3g} ms of a plain sum of the losses.",
+        "That is with the recording, and whatever else the machine had to do: below 1 it is chance.",
+    ]
 
 
 def _alone(run: Run) -> list[str]:
@@ -361,6 +365,10 @@ def _alone(run: Run) -> list[str]:
     for task, name, here, single, change in rows:
         word = "better" if change >= 0 else "worse"
         texts.append(f"“{task}”: {name} {here:.4g} here, {single:.4g} alone, {abs(change):.1f} % {word}.")
+    texts.append(
+        "This is one training, and another seed may say otherwise. Whether the balancer did better than a plain sum, "
+        "the page of a plain sum tells."
+    )
     return texts
 
 

@@ -338,15 +338,60 @@ def test_what_is_not_finite_shows() -> None:
         assert model.task_weights.isnan().all()
 
 
-def test_inputs_that_changed_are_not_asked(kept: list[list[int]]) -> None:
+def test_inputs_that_change_are_kept_for_questions(kept: list[list[int]]) -> None:
     model, x = make_model(Backbone(run_two, **two())), make_input()
+    rows = rows_of(model, x)
     with cached():
         model.backward(make_losses(model(x)))
-        gramian = model.task_gradients.gramian
-        x.zero_()
-        assert model.task_gradients.gramian is gramian
-        with pytest.raises(ValueError, match="changed in place"):
-            _ = model.task_gradients.matrix
+        x.data.zero_()  # which nobody is told of
+        assert_close(model.task_gradients.matrix, rows, **CLOSE)
+    assert any(kept)
+
+
+def test_gradients_asked_for_under_autocast_are_not_rounded(kept: list[list[int]]) -> None:
+    model, x = make_model(Backbone(run_two, **two()), dtype=torch.float32), make_input(dtype=torch.float32)
+    weights = torch.ones(3)
+    with cached():
+        model.backward(make_losses(model(x)))
+        with torch.autocast("cpu", torch.bfloat16):
+            under = model.task_gradients.weighted_sum(weights)
+        assert torch.equal(under, model.task_gradients.weighted_sum(weights))
+        assert_close(under, model.task_gradients.matrix.sum(0))
+    assert any(kept)
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
+def test_hooks_of_old_are_run(kept: list[list[int]]) -> None:
+    model, x = make_model(nn.Sequential(nn.Linear(5, 40), nn.Linear(40, 8), nn.Flatten())), make_input()
+    rows = rows_of(model, x)
+    model.backbone[1].register_backward_hook(lambda _, given, __: tuple(g if g is None else 2 * g for g in given))
+    model.backward(make_losses(model(x)))
+    assert not any(kept)
+    assert (shared_gradient(model) - paper_weights(rows) @ rows).abs().max() > 1e-3
+
+
+class Reused(torch.autograd.Function):
+    """Hands out the same memory in each backward pass."""
+
+    memory = torch.zeros(0)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        if Reused.memory.shape != gradient.shape:
+            Reused.memory = torch.empty_like(gradient)
+        return Reused.memory.copy_(gradient)
+
+
+def test_gradients_in_memory_that_is_used_again(kept: list[list[int]]) -> None:
+    model, x = make_model(nn.Sequential(nn.Linear(5, 40), nn.Linear(40, 8), nn.Flatten())), make_input()
+    model.backbone[1].register_forward_hook(lambda *called: Reused.apply(called[-1]))
+    rows = rows_of(model, x)
+    model.backward(make_losses(model(x)))
+    assert_close(shared_gradient(model), paper_weights(rows) @ rows, **CLOSE)
     assert any(kept)
 
 

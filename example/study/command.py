@@ -2,6 +2,7 @@
 
 import argparse
 import multiprocessing
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
@@ -48,8 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> str:
     # What the others are measured against is always there.
     methods = [method for method in SETTINGS if method in options.methods or method == SINGLE]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, mp_context=context, initializer=one_thread) as pool:
-        return study(chosen, methods, list(dict.fromkeys(options.seeds)), options.out, pool)
+    try:
+        with ProcessPoolExecutor(options.workers, mp_context=context, initializer=one_thread) as pool:
+            return study(chosen, methods, list(dict.fromkeys(options.seeds)), options.out, pool)
+    except KeyboardInterrupt:
+        print(f"Stopped. What is done is in {options.out}; the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)  # as a shell says of what Ctrl-C ended
 
 
 def one_thread() -> None:

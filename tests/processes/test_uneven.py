@@ -263,7 +263,7 @@ def _mean_of_all(rows: Tensor) -> Tensor:
     return total[:-1] / total[-1]
 
 
-class Synchronised(nn.Module):
+class NaiveSyncBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return SyncBatchNorm.apply(x)
 
@@ -274,9 +274,11 @@ def synchronised(
     torch.manual_seed(1)
     backbone, heads = make_backbone(), make_heads()
     if where == "backbone":
-        backbone = nn.Sequential(nn.Linear(5, 8, bias=False), Synchronised(), nn.Tanh())
+        backbone = nn.Sequential(nn.Linear(5, 8, bias=False), NaiveSyncBatchNorm(), nn.Tanh())
     else:
-        heads = {task: nn.Sequential(nn.Linear(8, 4, bias=False), Synchronised(), nn.Linear(4, 2)) for task in "abc"}
+        heads = {
+            task: nn.Sequential(nn.Linear(8, 4, bias=False), NaiveSyncBatchNorm(), nn.Linear(4, 2)) for task in "abc"
+        }
     model = MultiTaskModel(backbone, heads, "imtl-g", **options).double()
     outer = model if one else DistributedDataParallel(model)
     for step in range(2):
@@ -308,6 +310,39 @@ def test_layers_that_communicate_in_the_backward(pools, where, mode, tasks):
         assert got.keys() == wanted.keys()
         for name, value in wanted.items():
             close(got[name], value, 1e-9, name)
+
+
+class Normalised(torch.autograd.Function):
+    """Its gradient has a norm of one, or is not a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient / gradient.norm()
+
+
+class Unit(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return Normalised.apply(z)
+
+
+def normalised(rank: int, size: int, options: Mapping[str, Any]) -> bool:
+    torch.manual_seed(1)
+    heads = {**make_heads(), "b": nn.Sequential(Unit(), nn.Linear(8, 2))}
+    model = MultiTaskModel(make_backbone(), heads, "imtl-g", **options).double()
+    outer = DistributedDataParallel(model)
+    for step in range(2):
+        model.zero_grad()
+        model.backward(some(outer(batch(step, rank, 0)), "abc" if rank == 0 else "ac"))
+    return all(bool(p.grad.isfinite().all()) for p in model.shared_parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"gradients": "parameters"}], ids=["on z", "exact"])
+def test_what_a_head_makes_of_nothing_does_not_count(pools, options):
+    assert pools[2].run(normalised, options) == [True, True]
 
 
 def skipping(rank: int, size: int, balancer: str) -> list[bool]:
@@ -602,6 +637,26 @@ def test_a_rank_with_nothing_to_run_backward(pools, why):
     pools[2].close()  # DDP itself is out of step now
     assert "It is another one" in first
     assert "It is this one" in second
+
+
+def prepared_first(rank: int, size: int) -> list[float]:
+    """The learned scales after training with an optimizer that was made behind ``prepare``."""
+    spec = Spec("imtl-loss", wrap="fsdp")
+    model = make(spec)
+    outer = wrapped(model, spec)
+    model.prepare(batch(0, rank, 0))
+    optimizer = torch.optim.SGD(model.param_groups(lr=0.01, balancer_lr=0.1))
+    for step in range(2):
+        optimizer.zero_grad()
+        model.backward(some(outer(batch(step, rank, 0)), "abc"))
+        optimizer.step()
+    return [value for p in model.balancer_parameters() for value in whole(p).tolist()]
+
+
+def test_an_optimizer_made_after_prepare_trains_shards(pools):
+    first, second = pools[2].run(prepared_first)
+    assert first == second
+    assert all(first)
 
 
 def sharded_late(rank: int, size: int) -> str:
