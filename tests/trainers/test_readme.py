@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.testing import assert_close
 
 from mtlwrap import MultiTaskModel
+from tests.processes.test_recipes import SCRIPTS
 from tests.test_readme import README, blocks
 from tests.trainers import processes, table
 
@@ -69,21 +70,22 @@ def test_recipe(trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def make_recipe_of_processes() -> dict[str, Any]:
-    """The recipe's function, a model, and a batch for each process: in the second nobody has a kind."""
+    """The function of the README's script, a model, and a batch for each process: in the second nobody has a kind."""
     namespace: dict[str, Any] = {"__name__": "readme"}
-    for code in (block_with("from mtlwrap import IMTL, MultiTaskModel"), block_with(r"def train\(model, loader\)")):
-        exec(code, namespace)
+    exec(SCRIPTS["ddp.py"], namespace)
     torch.manual_seed(0)
     backbone, heads = nn.Sequential(nn.Linear(16, 8), nn.Tanh()), {"kind": nn.Linear(8, 3), "size": nn.Linear(8, 1)}
-    namespace["model"] = MultiTaskModel(backbone, heads, balancer="imtl")
+    namespace["model"] = model = MultiTaskModel(backbone, heads, balancer="imtl")
+    namespace["optimizer"] = torch.optim.Adam(model.param_groups(lr=1e-3, balancer_lr=1e-2))
     kinds = torch.randint(3, (5,)), torch.full((5,), -1)
     namespace["batches"] = [(torch.randn(5, 16), kind, torch.randn(5, 1)) for kind in kinds]
     return namespace
 
 
 def run_recipe(rank: int, size: int) -> dict[str, Tensor]:
+    torch.distributed.init_process_group("gloo")
     recipe = make_recipe_of_processes()
-    recipe["train"](recipe["model"], [recipe["batches"][rank]])
+    recipe["train"](recipe["model"], recipe["optimizer"], [recipe["batches"][rank]])
     return recipe["model"].state_dict()
 
 
@@ -91,8 +93,7 @@ def test_recipe_of_processes() -> None:
     first, second = processes.run("recipe", 2, run_recipe)
     assert_close(first, second, rtol=0, atol=0)
     recipe = make_recipe_of_processes()
-    model, (one, other) = recipe["model"], recipe["batches"]
-    optimizer = torch.optim.Adam(model.param_groups(lr=1e-3, balancer_lr=1e-2))
+    model, optimizer, (one, other) = recipe["model"], recipe["optimizer"], recipe["batches"]
     predictions = model(torch.cat([one[0], other[0]]))
     kind = cross_entropy(predictions["kind"][:5], one[1]) / 2
     model.backward({"kind": kind, "size": mse_loss(predictions["size"], torch.cat([one[2], other[2]]))})
