@@ -62,6 +62,7 @@ BALANCERS = {
     "imtl-g-nonneg": lambda: IMTLG(nonneg=True),
     "imtl-g-strict": lambda: IMTLG(strict=True),
     "imtl": lambda: IMTL(init=[0.25, -0.5, 0.125]),
+    "imtl-first-losses": lambda: IMTL(init="first_losses"),
     "imtl-loss": lambda: IMTL(method="loss"),
     "imtl-gradient": lambda: IMTL(method="gradient"),
     "excess-mtl": lambda: ExcessMTL(robust_step_size=0.5),
@@ -77,7 +78,7 @@ BALANCERS = {
 }
 
 # Those whose state follows the losses: a loss that is finite moves it, whatever its gradient is.
-FOLLOW_LOSSES = ("dwa", "famo", "rlw")
+FOLLOW_LOSSES = ("dwa", "famo", "imtl-first-losses", "rlw")
 
 TASKS = ("a", "b", "c")
 

@@ -90,6 +90,11 @@ def geometric(losses: list[float], tasks: list[int]) -> list[float]:
     return [math.prod(losses) ** (1 / len(losses)) / (len(losses) * loss) for loss in losses]
 
 
+def reciprocal(losses: list[float], tasks: list[int]) -> list[float]:
+    """What scales each of these to one."""
+    return [1 / loss for loss in losses]
+
+
 def inverse(losses: list[float], tasks: list[int]) -> list[float]:
     """FAMO in its first step, with equal logits."""
     return shares([1 / (loss + 1e-8) for loss in losses])
@@ -113,6 +118,7 @@ EXPECTED_FACTORS = {
     "imtl-g-nonneg": ([1, 1, 1], closed_form_imtlg),
     "imtl-g-strict": ([1, 1, 1], closed_form_imtlg),
     "imtl": ([math.exp(0.25), math.exp(-0.5), math.exp(0.125)], closed_form_imtlg),
+    "imtl-first-losses": (reciprocal, closed_form_imtlg),
     "imtl-loss": ([1, 1, 1], summed),
     "imtl-gradient": ([1, 1, 1], closed_form_imtlg),
     "excess-mtl": ([1, 1, 1], thirds),

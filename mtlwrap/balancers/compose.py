@@ -29,7 +29,7 @@ class Compose(Balancer):
         >>> from mtlwrap import IMTLG, UW
         >>> Compose(loss=UW(likelihood=["regression", "classification"]), gradient=IMTLG(nonneg=True))
         Compose(
-          (loss): UW(shape=(2,), likelihood=['regression', 'classification'], bound=20)
+          (loss): UW(likelihood=['regression', 'classification'], shape=(2,), bound=20)
           (gradient): IMTLG(nonneg=True)
         )
     """

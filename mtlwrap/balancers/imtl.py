@@ -1,11 +1,11 @@
 """IMTL, impartial multi-task learning: loss balance and gradient balance in one."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 from mtlwrap.balancers.compose import Compose
 from mtlwrap.balancers.imtl_g import IMTLG
 from mtlwrap.balancers.imtl_l import IMTLL
+from mtlwrap.balancers.log_scale import Init
 
 _METHODS = ("hybrid", "loss", "gradient")
 
@@ -27,7 +27,8 @@ class IMTL(Compose):
     Args:
         num_tasks: the number of tasks; None leaves it to the model.
         method: ``"hybrid"`` for both, ``"loss"`` for :class:`IMTLL` alone, ``"gradient"`` for :class:`IMTLG` alone.
-        init: the initial log-scales :math:`s_t`, one number or one per task; None for zeros.
+        init: the initial log-scales :math:`s_t`, one number or one per task; None for zeros; ``"first_losses"`` where
+            losses are far from 1. As for :class:`IMTLL`.
 
     Raises:
         ValueError: ``method`` is unknown, or ``init`` is given though ``"gradient"`` has no scales, or it does not
@@ -44,7 +45,7 @@ class IMTL(Compose):
         self,
         num_tasks: int | None = None,
         method: Literal["hybrid", "loss", "gradient"] = "hybrid",
-        init: float | Sequence[float] | None = None,
+        init: Init = None,
     ) -> None:
         if method not in _METHODS:
             raise ValueError(f"method: expected one of {', '.join(map(repr, _METHODS))}, got {method!r}.")

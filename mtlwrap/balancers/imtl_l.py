@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mtlwrap.balancers.log_scale import LogScaleBalancer
+from mtlwrap.balancers.log_scale import Init, LogScaleBalancer
 
 
 class IMTLL(LogScaleBalancer):
@@ -26,14 +26,14 @@ class IMTLL(LogScaleBalancer):
     The paper learns :math:`s` with the step size of the network and does not state its initial value; zeros make the
     first step a plain sum. A loss far from 1 moves its log-scale by far more than 1 in a first SGD step (a loss of
     1000 at a step size of 0.1 switches the task off for hundreds of steps): give it a smaller learning rate, Adam,
-    or ``init``, best :math:`-\ln L_i` of the first batch. LibMTL lets weight decay pull :math:`s` to 0;
-    ``model.param_groups()`` does not.
+    or ``init="first_losses"``. LibMTL lets weight decay pull :math:`s` to 0; ``model.param_groups()`` does not.
 
     Args:
         shape: the shape of the values, an int ``n`` for ``(n,)``; None leaves it to the model.
-        init: the initial log-scales, one number or one per value; None for zeros. Where a first loss :math:`L` is far
-            from 1, begin with :math:`-\log L`: until the scales have found it the shared network is that of a plain
-            sum.
+        init: the initial log-scales, one number or one per value; None for zeros; ``"first_losses"`` for
+            :math:`-\ln L_i` of the first positive loss of each task, to which ``log_scale``, from zero, is added.
+            Take that where losses are far from 1: until the scales have found them the shared network is trained as by
+            a plain sum.
         bound: log-scales are kept within ``[-bound, bound]``. The default lets losses from 2e-9 to 5e8 be scaled to 1.
 
     Shape:
@@ -59,7 +59,7 @@ class IMTLL(LogScaleBalancer):
         self,
         shape: int | Sequence[int] | None = None,
         *,
-        init: float | Sequence[float] | None = None,
+        init: Init = None,
         bound: float = 20.0,
     ) -> None:
         super().__init__(shape, init, bound)
@@ -67,3 +67,6 @@ class IMTLL(LogScaleBalancer):
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:  # noqa: D102 - see the base
         scales = self.log_scales(losses, tasks)
         return (torch.exp(scales) * losses - scales).sum()
+
+    def _fitting(self, losses: Tensor, tasks: Sequence[int] | None) -> Tensor:
+        return -losses.log()

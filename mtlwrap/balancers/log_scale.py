@@ -3,12 +3,17 @@
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mtlwrap.balancers.base import LossBalancer, select
+from mtlwrap.balancers.loss_state import learns, wide, write
+
+# What a log-scale may start at: numbers, or what fits the first losses, by this name.
+FIRST_LOSSES = "first_losses"
+Init = float | Sequence[float] | Literal["first_losses"] | None
 
 
 class LogScaleBalancer(LossBalancer):
@@ -21,21 +26,31 @@ class LogScaleBalancer(LossBalancer):
     zero for long and comes back is met with the factor of the bound at first, and Adam remembers that gradient for
     thousands of steps: where that can happen, choose a smaller bound.
 
+    With ``init="first_losses"`` the log-scale is the learned number, from zero, plus ``start``: what :meth:`_fitting`
+    says for the first loss of each task. The number learned then says how far the task has come since.
+
     Derived classes name the parameter in ``_parameter``.
+
+    Attributes:
+        start: what is added to the learned numbers, in their shape, infinite where no loss came yet; None for numbers
+            that start as they were given.
     """
 
     _parameter: str
+    start: Tensor | None
 
-    def __init__(self, shape: int | Sequence[int] | None, init: float | Sequence[float] | None, bound: float) -> None:
+    def __init__(self, shape: int | Sequence[int] | None, init: Init, bound: float) -> None:
         super().__init__()
         if not (isinstance(bound, int | float) and math.isfinite(bound) and bound > 0):
             raise ValueError(f"bound: expected a positive finite number, got {bound!r}.")
         self.bound = float(bound)
-        self._init = _checked_init(init, self.bound)
+        self._follows_losses = isinstance(init, str) and init == FIRST_LOSSES
+        self._init = _checked_init(0.0 if self._follows_losses else init, self.bound)
         self.shape = _checked_shape(shape)
         if self.shape is None and isinstance(self._init, list):
             self.shape = (len(self._init),)
         self.register_parameter(self._parameter, None)
+        self.register_buffer("start", None)
         if self.shape is not None:
             if len(self.shape) == 1:
                 self.num_tasks = self.shape[0]
@@ -56,25 +71,37 @@ class LogScaleBalancer(LossBalancer):
     def constrain(self) -> None:
         """Put log-scales that an optimizer has taken beyond the bound back onto it."""
         parameter = self._parameters[self._parameter]
-        if parameter is not None:
-            # Through .data: no formula keeps the parameter itself for its backward, so another total that waits for
-            # its own backward need not, and shall not, take this for a change of its inputs.
+        if parameter is None:
+            return
+        # Through .data: no formula keeps the parameter itself for its backward, so another total that waits for
+        # its own backward need not, and shall not, take this for a change of its inputs.
+        if self.start is None:
             parameter.data.clamp_(-self.bound, self.bound)
+        else:
+            start = torch.where(self.start.isfinite(), self.start, 0.0).to(parameter.dtype)
+            parameter.data.clamp_(-self.bound - start, self.bound - start)
 
     def reset(self) -> None:
         """Set every log-scale to its initial value. An optimizer's memory of it is the optimizer's to clear."""
         parameter = self._parameters[self._parameter]
-        if parameter is not None:
-            with torch.no_grad():
+        with torch.no_grad():
+            if parameter is not None:
                 parameter.copy_(self._initial())
+            if self.start is not None:
+                self.start.fill_(torch.inf)
 
     @abstractmethod
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """The scalar, 0-dim; see :meth:`Balancer.scalarize`."""
 
+    @abstractmethod
+    def _fitting(self, losses: Tensor, tasks: Sequence[int] | None) -> Tensor:
+        """The log-scales at which the scalar is smallest for these losses."""
+
     def extra_repr(self) -> str:
-        """Shape and bound."""
-        return f"shape={self.shape}, bound={self.bound:g}"
+        """Shape and bound, and where the log-scales start if that is not a number."""
+        start = f", init={FIRST_LOSSES!r}" if self._follows_losses else ""
+        return f"shape={self.shape}, bound={self.bound:g}{start}"
 
     def log_scales(self, losses: Tensor, tasks: Sequence[int] | None) -> Tensor:
         """The log-scales that belong to ``losses``, within the bound, in at least float32.
@@ -88,16 +115,34 @@ class LogScaleBalancer(LossBalancer):
                 f"{type(self).__name__} was made without a shape. Give it one, {type(self).__name__}(shape), or hand "
                 "it to a MultiTaskModel, which tells it the number of tasks."
             )
-        chosen = select(cast("Tensor", _Inward.apply(parameter, self.bound)[0]), tasks)
+        chosen = select(parameter, tasks)
         if losses.shape != chosen.shape:
             raise ValueError(
                 f"{type(self).__name__}: expected values of shape {tuple(chosen.shape)}, got {tuple(losses.shape)}."
             )
-        wide = torch.promote_types(torch.promote_types(chosen.dtype, losses.dtype), torch.float32)
-        return chosen.to(device=losses.device, dtype=wide)
+        dtype = torch.promote_types(torch.promote_types(chosen.dtype, losses.dtype), torch.float32)
+        chosen = chosen.to(device=losses.device, dtype=dtype)
+        if self.start is not None:
+            chosen = chosen + self._started(self.start, losses.detach(), tasks).to(chosen)
+        clamped: Tensor = _Inward.apply(chosen, self.bound)[0]
+        return clamped
+
+    def _started(self, start: Tensor, losses: Tensor, tasks: Sequence[int] | None) -> Tensor:
+        """What to add to the learned numbers of ``tasks``; where it is not known yet, these losses say."""
+        known = select(start, tasks).to(losses.device)
+        fitting = self._fitting(wide(losses), tasks).to(known.dtype)
+        # Not with a loss that is zero or negative, a later one will do; nor in a step that a GradScaler skips.
+        begins = ~known.isfinite() & fitting.isfinite() & losses.isfinite().all()
+        fitting = fitting.clamp(-self.bound, self.bound)
+        if learns(self):
+            write(start, fitting, tasks, begins)
+        return torch.where(begins, fitting, torch.where(known.isfinite(), known, 0.0))
 
     def _allocate(self) -> None:
-        self.register_parameter(self._parameter, nn.Parameter(self._initial()))
+        initial = self._initial()
+        self.register_parameter(self._parameter, nn.Parameter(initial))
+        if self._follows_losses:
+            self.start = wide(torch.full_like(initial, torch.inf))
 
     def _initial(self) -> Tensor:
         if self.shape is None:
@@ -153,16 +198,16 @@ def _checked_shape(shape: int | Sequence[int] | None) -> tuple[int, ...] | None:
     return sizes
 
 
-def _checked_init(init: float | Sequence[float] | None, bound: float) -> float | list[float]:
+def _checked_init(init: Init, bound: float) -> float | list[float]:
     if init is None:
         return 0.0
     given = init.tolist() if isinstance(init, Tensor) else init
-    values = list(given) if isinstance(given, Sequence) else [given]
+    values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     if not values:
         raise ValueError("init: expected one number, or one per task, got none.")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"init: expected a number, or one per task, got {init!r}.")
+            raise TypeError(f"init: expected a number, one per task, or {FIRST_LOSSES!r}, got {init!r}.")
         if not abs(value) <= bound:
             raise ValueError(f"init: expected log-scales within [-{bound:g}, {bound:g}], got {value}.")
     return [float(value) for value in values] if isinstance(given, Sequence) else float(values[0])

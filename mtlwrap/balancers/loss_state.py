@@ -60,9 +60,10 @@ def wide(values: Tensor) -> Tensor:
 
 
 def write(state: Tensor, values: Tensor, tasks: Sequence[int] | None, sound: Tensor) -> None:
-    """Write the entries of ``tasks`` into a buffer where ``sound``, and no others; None stands for all."""
+    """Write the entries of ``tasks`` into a buffer where ``sound``, of each or of all; None stands for all tasks."""
     if tasks is None:
         state.copy_(torch.where(sound, values, state.to(values.device)))
         return
+    sound = sound.expand(values.shape)
     for position, task in enumerate(tasks):  # an index tensor would synchronise with the host
-        state[task].copy_(torch.where(sound, values[position], state[task].to(values.device)))
+        state[task].copy_(torch.where(sound[position], values[position], state[task].to(values.device)))

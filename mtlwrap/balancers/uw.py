@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlwrap.balancers.base import constant, select
-from mtlwrap.balancers.log_scale import LogScaleBalancer
+from mtlwrap.balancers.log_scale import Init, LogScaleBalancer
 
 # likelihood: the factor before the loss, and before the log-variance
 _FACTORS: dict[str, tuple[float, float]] = {
@@ -38,9 +38,10 @@ class UW(LogScaleBalancer):
     Args:
         shape: the shape of the values, an int ``n`` for ``(n,)``; None leaves it to the model.
         likelihood: one for all, or one per task.
-        init: the initial log-variances, one number or one per value; None for zeros. Where a first loss :math:`L` is
-            far from 1, begin with :math:`\log L`: until the scales have found it the shared network is that of a plain
-            sum.
+        init: the initial log-variances, one number or one per value; None for zeros; ``"first_losses"`` for
+            :math:`\ln(a_i L_i / c_i)` of the first positive loss of each task, where the sum is smallest, to which
+            ``log_variance``, from zero, is added. Take that where losses are far from 1: until the variances have found
+            them the shared network is trained as by a plain sum.
         bound: log-variances are kept within ``[-bound, bound]``.
 
     Shape:
@@ -65,7 +66,7 @@ class UW(LogScaleBalancer):
         shape: int | Sequence[int] | None = None,
         likelihood: str | Sequence[str] = "regression",
         *,
-        init: float | Sequence[float] | None = None,
+        init: Init = None,
         bound: float = 20.0,
     ) -> None:
         per_task = not isinstance(likelihood, str)
@@ -84,6 +85,10 @@ class UW(LogScaleBalancer):
         loss_factor, penalty_factor = self._factors_of(losses, tasks)
         return (loss_factor * torch.exp(-scales) * losses + penalty_factor * scales).sum()
 
+    def _fitting(self, losses: Tensor, tasks: Sequence[int] | None) -> Tensor:
+        loss_factor, penalty_factor = self._factors_of(losses, tasks)
+        return (losses * loss_factor / penalty_factor).log()
+
     def _factors_of(self, losses: Tensor, tasks: Sequence[int] | None) -> tuple[Tensor | float, Tensor | float]:
         if len(self._factors) == 1:
             return self._factors[0]
@@ -91,5 +96,5 @@ class UW(LogScaleBalancer):
         return select(constant(loss_factors, losses), tasks), select(constant(penalty_factors, losses), tasks)
 
     def extra_repr(self) -> str:
-        """Shape, likelihood and bound."""
-        return f"shape={self.shape}, likelihood={self.likelihood!r}, bound={self.bound:g}"
+        """The likelihood, and what is shown of every log-scale."""
+        return f"likelihood={self.likelihood!r}, {super().extra_repr()}"

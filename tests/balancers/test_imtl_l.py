@@ -186,7 +186,7 @@ def test_init_is_held_to_the_bound_that_is_set():
 
 @pytest.mark.parametrize("init", ["x", True, [True, False], [[0.0], [1.0]], [None, 1.0], object()])
 def test_init_that_is_no_number(init):
-    with pytest.raises(TypeError, match="init: expected a number, or one per task, got"):
+    with pytest.raises(TypeError, match="init: expected a number, one per task, or 'first_losses', got"):
         IMTLL(2, init=init)
 
 

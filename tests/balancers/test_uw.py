@@ -196,7 +196,7 @@ def test_init_out_of_range(init):
 
 @pytest.mark.parametrize("init", ["x", True, [[0.0], [1.0]]])
 def test_init_that_is_no_number(init):
-    with pytest.raises(TypeError, match="init: expected a number, or one per task, got"):
+    with pytest.raises(TypeError, match="init: expected a number, one per task, or 'first_losses', got"):
         UW(2, init=init)
 
 
@@ -238,7 +238,7 @@ def test_the_log_variance_is_learned_and_the_options_are_not_saved():
     balancer = UW(likelihood=["laplace", "regression"], init=[0.5, -0.5], bound=10)
     assert [name for name, _ in balancer.named_parameters()] == ["log_variance"]
     assert list(balancer.state_dict()) == ["log_variance"]
-    assert repr(balancer) == "UW(shape=(2,), likelihood=['laplace', 'regression'], bound=10)"
+    assert repr(balancer) == "UW(likelihood=['laplace', 'regression'], shape=(2,), bound=10)"
 
 
 def _train(balancer: UW, optimizer: torch.optim.Optimizer, steps: int) -> None:

@@ -197,13 +197,17 @@ def whole(tensor: Any) -> Any:
 
 
 def close(got: Any, wanted: Any, tolerance: float, what: str) -> None:
-    """Refuse a difference of more than ``tolerance`` times the largest number; nothing is as good as zeros."""
+    """Refuse a difference of more than ``tolerance`` times the largest number; nothing is as good as zeros.
+
+    That of a log-scale's gradient counts as 1 at least: it is the difference of two numbers of about that.
+    """
     if not isinstance(wanted, Tensor):
         assert got == wanted, what
         return
     assert got is not None or not wanted.any(), what
     got = torch.zeros_like(wanted) if got is None else got
     size = wanted.double().abs().max().item() if wanted.numel() else 0.0
+    size = max(size, 1.0) if "log_scale" in what else size
     assert torch.allclose(got, wanted.to(got.dtype), rtol=tolerance, atol=tolerance * size, equal_nan=True), (
         f"{what}: {got} instead of {wanted}"
     )
