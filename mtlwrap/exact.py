@@ -34,7 +34,8 @@ class Parameters:
     Args:
         refresh_every: weigh anew in every k-th step only, and whenever a task comes that had no part in the last
             weighing; the steps between use the last weights, at the cost of a plain backward. After each weighing the
-            host waits once, to learn whether it came to finite weights. Needs a balancer that returns weights.
+            host waits once, to learn whether it came to finite weights. Needs a balancer that returns weights. A new
+            ``model.balancer`` begins anew; after ``balancer.reset()`` call ``model.schedule.reset()``.
         vectorize: run the backbone's backward once for all tasks together, by ``torch.vmap``. It takes about half the
             time where there are four tasks or more and many small layers, none where layers are large, and twice the
             memory. Not every backbone allows it (no sparse embeddings, no compiled layers); then the backward raises
@@ -91,6 +92,15 @@ class Schedule(WideBuffers):
         self.register_buffer("sound", torch.ones((), dtype=torch.bool))
         self._on_host: tuple[int, tuple[bool, ...]] | None = None
         self.register_load_state_dict_post_hook(_forget)
+
+    def reset(self) -> None:
+        """Weigh anew in the next step."""
+        with torch.no_grad():
+            self.weights.fill_(1.0)
+            self.known.fill_(False)
+            self.steps.zero_()
+            self.sound.fill_(True)
+        self._on_host = None
 
     def is_due(self, taking_part: Sequence[bool]) -> bool:
         """Whether this step weighs anew."""

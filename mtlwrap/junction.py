@@ -78,6 +78,11 @@ class Junction:
                 "the backbone and rebuild it in the heads."
             )
         forked = [t for t in tensors if t.requires_grad] if torch.is_grad_enabled() else []
+        if balancer.transforms and forked and forked[0] is not tensors[0]:
+            raise ValueError(
+                f"{type(balancer).__name__} rotates the representation's first tensor, but that one does not require "
+                "grad and another one does. Expected first the one that the backbone trains."
+            )
         self._device = tensors[0].device
         dtype = tensors[0].dtype
         self._dtype = torch.promote_types(dtype.to_real() if dtype.is_complex else dtype, torch.float32)
@@ -156,11 +161,15 @@ class Junction:
             self.peers.check_first_step(here)
             found = self._origins.find(given, here)
             self._check_exact(found.forks)
-            aside = self._aside(auxiliary, found.forks, balancer)
+            is_mixed = self._reaches_watched(auxiliary, found.forks, balancer)
+            aside = auxiliary if is_mixed and balancer.sees_gradients else None
             if aside is not None:
                 self.peers.check_runs_ahead()
+            if not found.forks:
+                self.report.fill(None, None, None)  # nothing is balanced
         chosen = [loss for loss, present in zip(given, here, strict=True) if loss is not None and present]
         order = self._order(here, chosen, found, balancer, is_idle=is_idle)
+        order.is_mixed = is_mixed and aside is None
         found = found.taking_part(order.taking_part)
         is_early = self._is_early(found, balancer, aside)  # where it raises, it does so in all processes
         if is_early:
@@ -241,12 +250,12 @@ class Junction:
             raise ValueError(f"{type(balancer).__name__}.scalarize: expected to return a 0-dim tensor, got {shape}.")
         return cast("Tensor", ScalarNode.apply(order, found.stations, total))
 
-    def _aside(self, auxiliary: Tensor | None, forks: Sequence[ForkState], balancer: Balancer) -> Tensor | None:
-        """The auxiliary loss, if it sends gradients through heads where someone looks at those of the tasks."""
+    def _reaches_watched(self, auxiliary: Tensor | None, forks: Sequence[ForkState], balancer: Balancer) -> bool:
+        """Whether the auxiliary loss sends gradients through heads where someone looks at those of the tasks."""
         looks = balancer.sees_gradients or any(fork.scope is not None for fork in forks)
         if auxiliary is None or not auxiliary.requires_grad or not looks:
-            return None
-        return auxiliary if self._origins.reaches(auxiliary, forks) else None
+            return False
+        return self._origins.reaches(auxiliary, forks)
 
     def _is_early(self, found: Found, balancer: Balancer, aside: Tensor | None) -> bool:
         """Whether the decision is made before the backward pass comes to the heads."""

@@ -53,7 +53,9 @@ class MultiTaskModel(nn.Module):
     Attributes:
         backbone: the shared module.
         heads: the heads, ``model.heads[0]`` or ``model.heads["seg"]``, in order.
-        balancer: the balancer.
+        balancer: the balancer; another one may be set at any time.
+        schedule: with ``Parameters(refresh_every=k)``, k > 1, the weights in use until the next weighing; a part of the
+            checkpoint. Else None.
 
     Raises:
         TypeError: a module or the balancer is not one, or a task name is no string.
@@ -112,6 +114,8 @@ class MultiTaskModel(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """As for any module; but a balancer, also one that replaces another, is told the number of tasks."""
         super().__setattr__(name, self._bound(value) if name == "balancer" else value)
+        if name == "balancer" and self.schedule is not None:
+            self.schedule.reset()  # the weights in it are those of another balancer
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -182,9 +186,9 @@ class MultiTaskModel(nn.Module):
                 with which momentum runs out.) If all are absent, ``backward`` does nothing. A task's
                 loss reads the prediction of its own head only.
             auxiliary: a 0-dim tensor that bypasses the balancing; its gradient is added as it is. It may read
-                predictions, also of several heads; then a gradient balancer runs the heads backward twice. What is
-                added to the total by hand instead must not: its gradient would count as the tasks', and may be dropped
-                where a task takes no part.
+                predictions, also of several heads; then a gradient balancer runs the heads backward twice. Do not add
+                such a loss to the total by hand: its gradient would count as the tasks', and be dropped where a task
+                takes no part.
 
         Raises:
             TypeError: losses of an unknown kind, or one that is no floating-point tensor.
@@ -193,8 +197,9 @@ class MultiTaskModel(nn.Module):
                 for needs gradients before the backward pass, which the graph does not allow.
 
         Note:
-            That a loss reads its own head only is checked when a task comes for the first time, by its gradient on
-            the other heads; a term that is added to it later, or that a compiled loss function hides, is not noticed.
+            That a loss reads its own head only, and comes from this model, is checked when a task comes for the first
+            time, by its gradient on the other heads; a term that is added to it later, or that a compiled loss function
+            hides, is not noticed.
         """
         total = self._junction.scalarize(losses, self.balancer, auxiliary)
         if self.training and total.requires_grad:
@@ -244,7 +249,8 @@ class MultiTaskModel(nn.Module):
         """The tasks' gradients in the last balanced backward, while its :func:`~mtlwrap.cached` scope is open.
 
         They are what the balancer saw: the gradients on the shared parameters with ``gradients="parameters"``, summed
-        over the batches where each task has its own. None in a step that uses the weights of an earlier one.
+        over the batches where each task has its own. None in a step that uses the weights of an earlier one, and where
+        no balancer sees gradients but an auxiliary loss adds its own to them.
         """
         return self._junction.report.gradients
 

@@ -129,7 +129,10 @@ class ForkState:
             shared = where_read(shared_gradient(self.balancer, gradients, weights), parts)
         else:  # as autograd adds up half-precision gradients in the steps in which nobody looks at them
             shared = [plain_sum([plain(gradient) for gradient in part]) for part in parts]
-        self._report(weights, gradients)
+        if running.order.is_mixed:
+            self.report.fill(raw_weights(weights, gradients), None, None)
+        else:
+            self._report(weights, gradients)
         return [*shared, *own]
 
     def _balance_exactly(

@@ -189,7 +189,8 @@ class Origins:
                     if self._forked is None
                     else "Were all predictions detached, or made by a single-task model?"
                 )
-                + " (A forward inside torch.no_grad, inference_mode or a reentrant checkpoint does not count.)"
+                + " (A forward inside torch.no_grad, inference_mode or a reentrant checkpoint does not count, nor does "
+                "that of a single-task model, model[task]: call the model itself.)"
             )
         self._detached.update(walks.keys() - reached.keys())
         together = {fork: None for forks in reached.values() for fork in forks}  # in order, unlike a set

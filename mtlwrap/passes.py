@@ -78,6 +78,8 @@ class Order:
         self.ranks = ranks
         # Makes a decision, given the gradients on the losses, in a pass; None leaves it to the fork.
         self.decide: Callable[[Tensor, Pass], Decision] | None = None
+        # Whether what arrives at the forks is not the tasks' alone, and so not for showing.
+        self.is_mixed = False
         # By graph task: several threads may run backward through one total.
         self.passes: dict[int, Pass] = {}
 

@@ -143,7 +143,7 @@ class Peers:
         self._ranks: Ranks | None = None
         self._met: Any = None  # the group that these stand beside
         self._world: Any = None  # and all processes at that time
-        self._ddp: weakref.ref[Any] = weakref.ref(self)  # nothing of interest
+        self._ddp_found: weakref.ref[Any] | None = None
         self._is_replicated = False
         # Whether each process holds a part of the parameters only; None before a forward.
         self.is_sharded: bool | None = None
@@ -158,6 +158,11 @@ class Peers:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Peers":
         return Peers(self._setting)
+
+    @property
+    def _ddp(self) -> Any:
+        """The DistributedDataParallel around the model, or None."""
+        return None if self._ddp_found is None else self._ddp_found()
 
     @property
     def ranks(self) -> Ranks | None:
@@ -177,9 +182,9 @@ class Peers:
         if self._setting is None or not is_distributed():
             return
         ddp = _enclosing_ddp()
-        is_new = ddp is not None and ddp is not self._ddp()
+        is_new = ddp is not None and ddp is not self._ddp
         if is_new:
-            self._ddp = weakref.ref(ddp)
+            self._ddp_found = weakref.ref(ddp)
         if self.ranks is not None and not (is_new and self._setting == "auto"):
             return
         group = self._setting if self._setting != "auto" else _group_of(ddp, model)
@@ -198,7 +203,7 @@ class Peers:
                 "torch.nn.DataParallel copies the model in each step, and its copies cannot be balanced jointly. Use "
                 "torch.nn.parallel.DistributedDataParallel, one process per device."
             )
-        config = getattr(self._ddp(), "_join_config", None)
+        config = getattr(self._ddp, "_join_config", None)
         if self.ranks is not None and getattr(config, "enable", False):
             raise ValueError(
                 "DistributedDataParallel.join() stands in for a process without batches, but cannot take its part in "
@@ -212,7 +217,7 @@ class Peers:
         Raises:
             ValueError: the enclosing ``DistributedDataParallel`` learns its static graph in this step.
         """
-        ddp = self._ddp()
+        ddp = self._ddp
         learns = not getattr(ddp, "_static_graph_delay_allreduce_enqueued", True)
         if getattr(ddp, "static_graph", False) and learns and not any(here) and _enclosing_ddp() is None:
             raise ValueError(
@@ -226,7 +231,7 @@ class Peers:
         Raises:
             ValueError: the enclosing ``DistributedDataParallel`` looks for unused parameters.
         """
-        if getattr(self._ddp(), "find_unused_parameters", False):
+        if getattr(self._ddp, "find_unused_parameters", False):
             raise ValueError(
                 "DistributedDataParallel(find_unused_parameters=True) takes the heads that a forward does not run for "
                 "unused in the whole backward pass, so tasks cannot have batches of their own. Leave it out: with "
@@ -236,12 +241,12 @@ class Peers:
     @property
     def is_one_forward(self) -> bool:
         """Whether only the last forward can be run backward, for DDP looks for unused parameters in each."""
-        return bool(getattr(self._ddp(), "find_unused_parameters", False))
+        return bool(getattr(self._ddp, "find_unused_parameters", False))
 
     @property
     def waits(self) -> bool:
         """Whether a backward pass waits for that of the others."""
-        return bool(self.is_sharded) or isinstance(self._ddp(), nn.parallel.DistributedDataParallel)
+        return bool(self.is_sharded) or isinstance(self._ddp, nn.parallel.DistributedDataParallel)
 
     @property
     def may_run_ahead(self) -> bool:
@@ -252,7 +257,7 @@ class Peers:
     def _bars_running_ahead(self) -> str | None:
         if self.is_sharded:
             return "sharded parameters (fully_shard) do"
-        if getattr(self._ddp(), "static_graph", False):
+        if getattr(self._ddp, "static_graph", False):
             return "DistributedDataParallel(static_graph=True) does"
         return None
 

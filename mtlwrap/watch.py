@@ -1,5 +1,6 @@
 """Notices mistakes that train on silently: balancer parameters that never move, processes that do not agree."""
 
+import sys
 import warnings
 from itertools import islice
 
@@ -58,8 +59,16 @@ class Watch:
                 "the model did, so the balancer is not learning. Put model.balancer_parameters() into the optimizer, "
                 "best by model.param_groups(...); or freeze them with requires_grad_(False) if that is meant.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=_levels_to_caller(),
             )
+
+
+def _levels_to_caller() -> int:
+    """For ``warnings.warn``: how far up the line is that called this package, through whatever of torch is between."""
+    frame, levels = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("mtlwrap", "torch"):
+        frame, levels = frame.f_back, levels + 1
+    return levels
 
 
 def _mark(parameter: Tensor) -> _Mark:
@@ -84,8 +93,9 @@ def _look_at_processes(balancer: Balancer, peers: Peers) -> None:
     if peers.are_apart and any(isinstance(module, GradientBalancer) for module in balancer.modules()):
         warnings.warn(
             f"There are several processes, and {type(balancer).__name__} weighs gradients: each process decides by "
-            "itself, from its own batch, for the model is in no DistributedDataParallel and not sharded. To decide "
-            "jointly give MultiTaskModel a process_group; process_group=None says that this is meant.",
+            "itself, from its own batch, for no forward came through a DistributedDataParallel and nothing is sharded. "
+            "Call the wrapped model, ddp(x) and not model(x); or, to decide jointly without one, give MultiTaskModel a "
+            "process_group. process_group=None says that this is meant.",
             UserWarning,
-            stacklevel=5,
+            stacklevel=_levels_to_caller(),
         )

@@ -365,6 +365,23 @@ def test_an_auxiliary_loss_may_read_predictions(balancer: Any, scope: bool) -> N
         assert_close(model.task_weights, reference.task_weights, **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("balancer", [EqualWeighting, UW, IMTLG])
+def test_looking_on_at_an_auxiliary_loss_changes_nothing(balancer: Any, dtype: torch.dtype) -> None:
+    """To the bit. Where nobody weighs the tasks' gradients, they are not told apart from those of the auxiliary."""
+    found = []
+    for looks in (False, True):
+        model, x = make_model(balancer()).to(dtype), make_input(dtype=dtype)
+        with cached() if looks else torch.enable_grad():
+            predictions = model(x)
+            extra = (predictions["a"] * predictions["b"].sum(1, keepdim=True)).mean()
+            model.backward(make_losses(predictions), auxiliary=extra)
+            if looks:
+                assert (model.task_gradients is None) == (balancer is not IMTLG)
+        found.append(grads(list(model.parameters())))
+    assert_close(*found, rtol=0, atol=0)
+
+
 # ---------------------------------------------------------------------------------------------------- losses in a task
 
 

@@ -452,6 +452,24 @@ def test_between_refreshings_there_are_no_gradients_to_ask_for(weigh_heads: bool
                 assert_close(model.task_gradients.matrix, jacobian(model, x))
 
 
+@pytest.mark.parametrize("how", ["another balancer", "reset"])
+def test_another_balancer_weighs_at_once(how: str) -> None:
+    """Not with its predecessor's weights until the next refreshing."""
+    model, x = make_model(IMTLG(), Parameters(refresh_every=5)), make_input()
+    model.backward(make_losses(model(x)))
+    first = model.task_weights
+    if how == "reset":
+        with torch.no_grad():
+            next(model.shared_parameters()).mul_(3.0)
+        model.schedule.reset()
+    else:
+        model.balancer = ExcessMTL()
+    model.backward(make_losses(model(x)))
+    expected = paper_weights(jacobian(model, x)).to(DEVICE) if how == "reset" else torch.full_like(first, 1 / 3)
+    assert_close(model.task_weights, expected, rtol=1e-9, atol=0)
+    assert not torch.allclose(model.task_weights, first, rtol=1e-2)
+
+
 def test_a_loss_balancer_has_nothing_to_refresh() -> None:
     model, x = make_model(UW(), Parameters(refresh_every=2)), make_input()
     before = {key: value.clone() for key, value in model.schedule.state_dict().items()}

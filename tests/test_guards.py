@@ -9,7 +9,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from mtlwrap import IMTL, IMTLG, IMTLL, UW, Compose, FixedWeights, LossBalancer, MultiTaskModel
+from mtlwrap import IMTL, IMTLG, IMTLL, UW, Compose, FixedWeights, LossBalancer, MultiTaskModel, RotateOnly
 from tests.common import (
     BALANCERS,
     DEVICE,
@@ -193,6 +193,79 @@ def test_a_representation_without_numbers() -> None:
 
     with pytest.raises(TypeError, match="representation: expected floating-point tensors, found none in a dict"):
         MultiTaskModel(Nothing(), [nn.Identity()])(make_input())
+
+
+@pytest.mark.parametrize("first_is_trained", [False, True])
+def test_rotations_want_the_trained_tensor_first(first_is_trained: bool) -> None:
+    """The rotation of the first tensor must not learn from the gradient of another."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            both = x, self.layer(x)
+            return both[::-1] if first_is_trained else both
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 1)
+
+        def forward(self, z: tuple[Tensor, ...]) -> Tensor:
+            return self.layer(z[0]) + self.layer(z[1])
+
+    model, x = MultiTaskModel(Two(), [Both(), Both()], RotateOnly(5)).to(DEVICE), make_input(dtype=torch.float32)
+    if first_is_trained:
+        model.backward([prediction.square().mean() for prediction in model(x)])
+    else:
+        with pytest.raises(ValueError, match="RotateOnly rotates the representation's first tensor, but that one does"):
+            model(x)
+    with torch.no_grad():
+        model(x)
+
+
+def test_without_a_trained_backbone_there_are_no_weights() -> None:
+    model, x = make_model("uw"), make_input()
+    model.backward(make_losses(model(x)))
+    assert model.task_weights is not None
+    model.backbone.requires_grad_(False)
+    model.backward(make_losses(model(x)))
+    assert model.task_weights is None
+
+
+@pytest.mark.parametrize("through", ["scalarize", "backward"])
+def test_a_warning_points_at_the_line_that_called(through: str) -> None:
+    model = make_model("imtl")
+    optimizer = torch.optim.SGD(model.model_parameters(), lr=0.01)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(102):
+            losses = make_losses(model(make_input()))
+            model.backward(losses) if through == "backward" else model.scalarize(losses).backward()
+            optimizer.step()
+    assert [w.filename for w in caught if "did not change" in str(w.message)] == [__file__]
+
+
+def test_what_is_never_run_backward_is_forgotten() -> None:
+    """Neither forwards without a total nor totals without a backward pass pile up."""
+    model, x = make_model("imtl-g"), make_input()
+    for _ in range(200):
+        model(x)
+    assert len(model._junction._origins._alive) <= 33
+    total = model.scalarize(make_losses(model(x)))
+    for _ in range(70):  # these end before they come to the fork
+        torch.autograd.grad(total, list(model.head_parameters()), retain_graph=True)
+    stations = [state() for state in model._junction._origins._alive]
+    assert max(len(state._passes) for state in stations if state is not None) <= 64
+
+
+def test_a_total_times_zero_leaves_finite_weights() -> None:
+    model, x = make_model("imtl"), make_input()
+    (0 * model.scalarize(make_losses(model(x)))).backward()
+    assert model.task_weights.isfinite().all()
+    assert all(not p.grad.any() for p in model.model_parameters())
 
 
 # --- gradients that are not finite ------------------------------------------------------------------------------------
