@@ -28,13 +28,13 @@ class Connection:
         self._passes: dict[int, Pass] = {}
 
     def leave(self, running: Pass) -> None:
-        """Called by the scalar node: in this backward pass the heads of all tasks that take part run."""
+        """Called by the scalar node: in this backward pass the heads run that have a loss in any process."""
         remember(self._passes, running)
 
     def awaited(self) -> list[bool]:
         """For each prediction, whether its head is to run in this backward pass though no loss here asks for it."""
         running = self._passes.pop(graph_task_id(), None)
-        return [running is not None and running.order.taking_part[task] for task in self.tasks]
+        return [running is not None and running.order.running[task] for task in self.tasks]
 
 
 class PredictionsNode(torch.autograd.Function):

@@ -21,6 +21,7 @@ from mtlwrap.outcome import Report
 from mtlwrap.passes import Order
 from mtlwrap.probe import check_repeatable, check_whole
 from mtlwrap.processes import NOTHING_TO_TRAIN, Peers
+from mtlwrap.state import whole_parameters
 from mtlwrap.step import current_scope
 from mtlwrap.structure import differentiable_tensors
 from mtlwrap.surroundings import opaque, transforming
@@ -101,6 +102,11 @@ class Junction:
         if balancer.training and not transforming():
             balancer.prepare(tensors) if exact is None else exact.prepare(balancer)
         parameters = {name: p for name, p in balancer.named_parameters() if p.requires_grad}
+        if any(hasattr(parameter, "device_mesh") for parameter in parameters.values()):
+            raise ValueError(
+                f"The parameters of {type(balancer).__name__} are sharded by themselves. Call fully_shard on the model, "
+                "not on its balancer: a balancer has no forward of its own that could gather them."
+            )
         # Once each task was seen to read its own head: what the outputs tell apart is needed for that check.
         together = not balancer.sees_gradients and current_scope() is None and self._origins.trusts(tasks)
         state = ForkState(self, balancer, tasks, tensors, parameters, together, exact)
@@ -161,14 +167,16 @@ class Junction:
             self.peers.check_first_step(here)
             found = self._origins.find(given, here)
             self._check_exact(found.forks)
-            is_mixed = self._reaches_watched(auxiliary, found.forks, balancer)
+            is_mixed, read = self._read_by(auxiliary, found.forks, balancer)
             aside = auxiliary if is_mixed and balancer.sees_gradients else None
             if aside is not None:
                 self.peers.check_runs_ahead()
-            if not found.forks:
+            if any(here) and not found.forks:
                 self.report.fill(None, None, None)  # nothing is balanced
         chosen = [loss for loss, present in zip(given, here, strict=True) if loss is not None and present]
-        order = self._order(here, chosen, found, balancer, is_idle=is_idle)
+        several = self.peers.ranks is not None
+        passes_on = several and (aside is not None or any(fork.is_looked_at for fork in found.forks))
+        order = self._order(here, chosen, found, balancer, read=read, passes_on=passes_on, is_idle=is_idle)
         order.is_mixed = is_mixed and aside is None
         found = found.taking_part(order.taking_part)
         is_early = self._is_early(found, balancer, aside)  # where it raises, it does so in all processes
@@ -188,11 +196,10 @@ class Junction:
         """The total without a graph."""
         chosen = [loss for loss in losses if loss is not None]
         present = [loss is not None for loss in losses]
-        total = (
-            balancer.scalarize(vector_of(chosen), _positions(present))
-            if chosen
-            else torch.zeros((), device=self._device)
-        )
+        total = torch.zeros((), device=self._device)
+        if chosen:
+            with whole_parameters(balancer):
+                total = balancer.scalarize(vector_of(chosen), _positions(present))
         return total if auxiliary is None else total + auxiliary
 
     @contextmanager
@@ -206,7 +213,15 @@ class Junction:
             raise
 
     def _order(
-        self, here: tuple[bool, ...], chosen: list[Tensor], found: Found, balancer: Balancer, *, is_idle: bool
+        self,
+        here: tuple[bool, ...],
+        chosen: list[Tensor],
+        found: Found,
+        balancer: Balancer,
+        *,
+        read: Sequence[bool],
+        passes_on: bool,
+        is_idle: bool,
     ) -> Order:
         """Who takes part, and the losses: in all processes, if there are several."""
         ranks = self.peers.ranks
@@ -216,10 +231,11 @@ class Junction:
         values = (vector_of(chosen) if chosen else torch.zeros(0)).to(self._device, self._dtype)
         # With gradients averaged by hand a process may stand aside.
         is_out = not any(here) and not any(connection.tasks for connection in found.connections) and self.peers.waits
-        taking_part, values = ranks.agree(here, values, self._form(found, balancer), is_idle=is_idle, is_out=is_out)
+        form = self._form(found, balancer)
+        agreed = ranks.agree(here, values, form, read=read, passes_on=passes_on, is_idle=is_idle, is_out=is_out)
         for station in found.stations:
             station.is_ordered = True
-        return Order(taking_part, here, values, ranks, self._communicating)
+        return Order(agreed.taking_part, here, agreed.losses, ranks, self._communicating, agreed.read, agreed.passes_on)
 
     def _form(self, found: Found, balancer: Balancer) -> str:
         """What the processes' steps must have in common, in words."""
@@ -240,22 +256,34 @@ class Junction:
 
     def _total(self, chosen: list[Tensor], found: Found, order: Order, balancer: Balancer) -> Tensor:
         if not any(order.taking_part):  # a batch without a label: backward works and does nothing
-            return sum(found.tokens, torch.zeros((), device=self._device, requires_grad=True))
-        if balancer.training and not transforming():
-            balancer.constrain()
+            total = sum(found.tokens, torch.zeros((), device=self._device, requires_grad=True))
+            # Heads that an auxiliary loss reads elsewhere run here too.
+            return cast("Tensor", ScalarNode.apply(order, found.connections, total)) if any(order.running) else total
         vector = LossesNode.apply(order, len(found.tokens), *found.tokens, *chosen)
-        total = balancer.scalarize(vector, _positions(order.taking_part))
+        with whole_parameters(balancer):
+            if balancer.training and not transforming():
+                balancer.constrain()
+            total = balancer.scalarize(vector, _positions(order.taking_part))
         if not isinstance(total, Tensor) or total.dim() != 0:
             shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
             raise ValueError(f"{type(balancer).__name__}.scalarize: expected to return a 0-dim tensor, got {shape}.")
         return cast("Tensor", ScalarNode.apply(order, found.stations, total))
 
-    def _reaches_watched(self, auxiliary: Tensor | None, forks: Sequence[ForkState], balancer: Balancer) -> bool:
-        """Whether the auxiliary loss sends gradients through heads where someone looks at those of the tasks."""
+    def _read_by(
+        self, auxiliary: Tensor | None, forks: Sequence[ForkState], balancer: Balancer
+    ) -> tuple[bool, list[bool]]:
+        """Whether the auxiliary loss sends gradients to where someone looks at those of the tasks; what it reads.
+
+        That is, for each task, whether it reads its prediction: known, and of use, with several processes only.
+        """
         looks = balancer.sees_gradients or any(fork.scope is not None for fork in forks)
-        if auxiliary is None or not auxiliary.requires_grad or not looks:
-            return False
-        return self._origins.reaches(auxiliary, forks)
+        read: set[int] = set()
+        if auxiliary is not None and auxiliary.requires_grad and (looks or self.peers.ranks is not None):
+            reaches, read = self._origins.reads(auxiliary, forks)
+            looks = looks and reaches
+        else:
+            looks = False
+        return looks, [task in read for task in range(len(self.tasks))]
 
     def _is_early(self, found: Found, balancer: Balancer, aside: Tensor | None) -> bool:
         """Whether the decision is made before the backward pass comes to the heads."""

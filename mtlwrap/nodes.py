@@ -157,7 +157,7 @@ class ForkState:
         own = self._own(gradients, running.scale)
         self._report(chosen, gradients)
         # With create_graph the derivative of the shared gradient is wanted, which these are not connected to.
-        if self.hooked or torch.is_grad_enabled() or wants_the_pass(self.edges, exact.parameters):
+        if torch.is_grad_enabled() or self._passes_on(running):
             weights = needed(chosen, self.balancer, "a backbone with hooks, or whose input wants a gradient,")
             return [*where_read(on_z.scaled_sum(weights), parts), *own, *nothing]
         if chosen is None:
@@ -165,6 +165,15 @@ class ForkState:
         else:
             shared = rows.weighted_sum(chosen.detach())
         return [*[None] * self.num_tensors, *own, *shared]
+
+    @property
+    def is_looked_at(self) -> bool:
+        """Whether gradients on shared parameters must come by the ordinary backward pass, for something sees it."""
+        return self.exact is not None and (self.hooked or wants_the_pass(self.edges, self.exact.parameters))
+
+    def _passes_on(self, running: Pass) -> bool:
+        # All processes do the same: a mean of gradients is no addend to those of one process.
+        return self.is_looked_at if running.order.ranks is None else running.order.passes_on
 
     def _carry_out(self, decision: Decision) -> list[Tensor | None]:
         own = decision.own if self is next(iter(decision.shared)) else {}

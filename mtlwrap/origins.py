@@ -234,9 +234,10 @@ class Origins:
                     + ("Detach the other prediction." if reads_own else f"Are the losses in order, {self._tasks}?")
                 )
 
-    def reaches(self, loss: Tensor, forks: Collection[ForkState]) -> bool:
-        """Whether a loss was computed from one of these forks."""
-        return not self._walk(loss).reached.keys().isdisjoint(forks)
+    def reads(self, loss: Tensor, forks: Collection[ForkState]) -> tuple[bool, set[int]]:
+        """Whether a loss was computed from one of these forks, and from which tasks' connected predictions."""
+        walk = self._walk(loss)
+        return not walk.reached.keys().isdisjoint(forks), walk.predicted
 
     def _walk(self, loss: Tensor | None, *, to_first: bool = False) -> Walk:
         return Walk(loss, cast("Owner", self._owner()), to_first=to_first)

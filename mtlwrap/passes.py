@@ -57,6 +57,8 @@ class Order:
         losses: the values of the losses that take part, a vector; the means over the processes.
         ranks: the processes, if there are several.
         communicating: the tasks whose heads have a gradient from other processes too.
+        read: for each task, whether an auxiliary loss reads its prediction in any process.
+        passes_on: whether any process has to run its backbone backward by the ordinary pass.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class Order:
         losses: Tensor,
         ranks: Ranks | None = None,
         communicating: Collection[int] = (),
+        read: Sequence[bool] = (),
+        passes_on: bool = False,
     ) -> None:
         self.taking_part = taking_part
         self.here = here
@@ -74,6 +78,9 @@ class Order:
             is_here or (anywhere and task in communicating)
             for task, (is_here, anywhere) in enumerate(zip(here, taking_part, strict=True))
         )
+        # Whether its head is to run backward, in all processes if it is in one.
+        self.running = tuple(map(any, zip(taking_part, read, strict=True))) if read else taking_part
+        self.passes_on = passes_on
         self.losses = losses
         self.ranks = ranks
         # Makes a decision, given the gradients on the losses, in a pass; None leaves it to the fork.

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from hashlib import blake2b
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,22 @@ NOTHING_TO_TRAIN = (
     "None of the losses requires grad: there is nothing to train. Was the forward run under torch.no_grad, or were the "
     "predictions detached?"
 )
+
+
+class Agreement(NamedTuple):
+    """What the processes have told each other about a step.
+
+    Attributes:
+        taking_part: for each task, whether it takes part in any process.
+        read: for each task, whether an auxiliary loss reads its prediction in any process.
+        passes_on: whether any process has to run its backbone backward by the ordinary pass.
+        losses: the means of the losses that take part, a vector.
+    """
+
+    taking_part: tuple[bool, ...]
+    read: tuple[bool, ...]
+    passes_on: bool
+    losses: Tensor
 
 
 class Ranks:
@@ -45,14 +61,24 @@ class Ranks:
         self._hosts = self._group if "cpu:" in backend else _beside(group, members, "gloo")
 
     def agree(
-        self, present: Sequence[bool], losses: Tensor, form: str = "", *, is_idle: bool = False, is_out: bool = False
-    ) -> tuple[tuple[bool, ...], Tensor]:
+        self,
+        present: Sequence[bool],
+        losses: Tensor,
+        form: str = "",
+        *,
+        read: Sequence[bool] | None = None,
+        passes_on: bool = False,
+        is_idle: bool = False,
+        is_out: bool = False,
+    ) -> Agreement:
         """Which tasks take part on any rank, and the mean of their losses over all ranks, an absent one counting 0.
 
         Args:
             present: for each task, whether it takes part here.
             losses: the losses of these, a vector, on the device and in the dtype that all ranks use.
             form: what must be the same on every rank, in words.
+            read: for each task, whether an auxiliary loss reads its prediction here; None for none.
+            passes_on: whether the backbone must be run backward here by the ordinary pass.
             is_idle: whether there are losses here, but none that can be trained.
             is_out: whether there is nothing here to run backward.
 
@@ -63,9 +89,11 @@ class Ranks:
         remaining = iter(losses.detach().double().unbind())
         nothing = losses.new_zeros((), dtype=torch.float64)
         spread = torch.stack([next(remaining) if here else nothing for here in present])
-        counts, spread = self._told([*present, *_bits(form), is_out, is_idle, False], spread)
-        *anywhere, out, idle, refusing = (round(count) for count in counts)
-        digits, anywhere = anywhere[len(present) :], anywhere[: len(present)]
+        flags = [*present, *(read or [False] * len(present)), *_bits(form), passes_on, is_out, is_idle, False]
+        counts, spread = self._told(flags, spread)
+        *tasks, passing, out, idle, refusing = (round(count) for count in counts)
+        first, second = len(present), 2 * len(present)
+        anywhere, reading, digits = tasks[:first], tasks[first:second], tasks[second:]
         if refusing:
             raise ValueError("Another process refuses its losses; its own error says why.")
         if any(0 < digit < self.size for digit in digits):
@@ -79,12 +107,13 @@ class Ranks:
                 + ("It is this one." if is_out else "It is another one.")
             )
         taking_part = [value for value, count in zip(spread.unbind(), anywhere, strict=True) if count]
-        return tuple(map(bool, anywhere)), torch.stack(taking_part).to(losses.dtype) if taking_part else losses
+        means = torch.stack(taking_part).to(losses.dtype) if taking_part else losses
+        return Agreement(tuple(map(bool, anywhere)), tuple(map(bool, reading)), passing > 0, means)
 
     def refuse(self, num_tasks: int, device: torch.device) -> None:
         """Tell the others, who call :meth:`agree`, that this process raises instead."""
         nothing = torch.zeros(num_tasks, dtype=torch.float64, device=device)
-        self._told([*[False] * num_tasks, *_bits(""), False, False, True], nothing, refusing=True)
+        self._told([*[False] * (2 * num_tasks), *_bits(""), False, False, False, True], nothing, refusing=True)
 
     def _told(self, flags: Sequence[bool], losses: Tensor, *, refusing: bool = False) -> tuple[list[float], Tensor]:
         """How many ranks say yes to each, and the mean of the losses."""

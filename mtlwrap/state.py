@@ -1,6 +1,7 @@
 """State that is kept over a training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,28 @@ class WideBuffers(nn.Module):
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[name] = _widened(buffer, module._buffers[name])
         return self
+
+
+@contextmanager
+def whole_parameters(module: nn.Module) -> Iterator[None]:
+    """Parameters that are sharded over several processes are whole, plain tensors here; all processes come by.
+
+    ``fully_shard`` makes them so for the forward of the module that it was called on, not for what is computed of them
+    after it. The gradients that arrive here are the same in all processes, so each keeps its shard of them.
+    """
+    sharded = [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and hasattr(parameter, "full_tensor")
+    ]
+    for owner, name, parameter in sharded:
+        owner._parameters[name] = parameter.full_tensor()
+    try:
+        yield
+    finally:
+        for owner, name, parameter in sharded:
+            owner._parameters[name] = parameter
 
 
 def _widened(before: Tensor, after: Tensor | None) -> Tensor | None:

@@ -15,6 +15,8 @@ class Walk:
 
     def __init__(self, loss: Tensor | None, owner: Owner, *, to_first: bool = False) -> None:
         self.reached: dict[ForkState, set[int]] = {}
+        # The tasks of the connected predictions that were met.
+        self.predicted: set[int] = set()
         # Whether a fork of another model was met, and whether a node was met that mixes all it was compiled from.
         self.foreign = False
         self.opaque = False
@@ -25,7 +27,9 @@ class Walk:
             node, output = stack.pop()
             kind = getattr(type(node), "_forward_cls", None)
             if kind is PredictionsNode:  # connects for the backward pass what has nothing to do with each other
-                if output < len(node.connection.tasks):  # type: ignore[attr-defined]  # behind them is the token
+                tasks = node.connection.tasks  # type: ignore[attr-defined]
+                if output < len(tasks):  # behind them is the token
+                    self.predicted.add(tasks[output])
                     stack.append(node.next_functions[output])  # type: ignore[arg-type]  # a prediction has a graph
                 continue
             state = node.state if kind is ForkNode else None  # type: ignore[attr-defined]

@@ -45,6 +45,12 @@ def test_fsdp(pools, balancer):
     check(pools, 2, Spec(balancer, wrap="fsdp", present=UNEVEN, unequal=True, steps=6))
 
 
+@pytest.mark.parametrize("wrap", ["fsdp-resharded", "fsdp-nested"])
+@pytest.mark.parametrize("balancer", ["uw", "imtl", "famo", "grad-norm", "rotograd-norm", "imtl-first-losses"])
+def test_what_a_balancer_learns_may_be_sharded_after_the_forward(pools, balancer, wrap):
+    check(pools, 2, Spec(balancer, wrap=wrap, present=UNEVEN, unequal=True, steps=6))
+
+
 # One of each kind.
 KINDS = ["none", "uw", "imtl", "excess-mtl", "rotograd-norm", "gls"]
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributions import Normal
 from torch.nn.parallel import DistributedDataParallel
 from torchjd.aggregation import GradDrop, PCGrad, Random
@@ -397,6 +399,69 @@ def test_an_auxiliary_with_a_loss_balancer_needs_no_second_pass(pools, wrap, ddp
         assert max(off) < 1e-9
 
 
+def auxiliary_of_one(rank: int, size: int, wrap: str, which: int, has_losses: bool) -> list[float]:
+    """An auxiliary loss on one rank only, that reads what has no loss on any."""
+    spec = Spec("uw", wrap=wrap)
+    model, alone = make(spec), make(spec)
+    outer = wrapped(model, spec)
+    off = []
+    for step in range(2):
+        model.zero_grad(), alone.zero_grad()
+        tasks = "bc" if has_losses else ""
+        own = outer(batch(step, rank, 0))
+        model.backward(some(own, tasks), distance(own) if rank == which else None)
+        pieces = {t: p.split([3, 5]) for t, p in alone(torch.cat([batch(step, r, 0) for r in range(2)])).items()}
+        each = [{task: piece[r] for task, piece in pieces.items()} for r in range(2)]
+        total = distance(each[which]) / 2
+        if has_losses:
+            alone.backward(mean_over_ranks({r: some(each[r], tasks) for r in range(2)}), total)
+        else:
+            total.backward()
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            expected = torch.zeros_like(q) if q.grad is None else q.grad
+            found = expected * 0 if p.grad is None else whole(p.grad)
+            off.append((found - expected).abs().max().item() / (1 + expected.abs().max().item()))
+    return off
+
+
+@pytest.mark.parametrize("has_losses", [True, False])
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("wrap", ["fsdp", "ddp"])
+def test_an_auxiliary_loss_of_one_process_runs_the_heads_of_all(pools, wrap, which, has_losses):
+    for off in pools[2].run(auxiliary_of_one, wrap, which, has_losses):
+        assert max(off) < 1e-9
+
+
+def watched(rank: int, size: int, how: str, which: tuple[int, ...], balancer: str) -> list[float]:
+    """How far from one process, with gradients on parameters, while something looks on in some processes only."""
+    spec = Spec(balancer, options={"gradients": "parameters"})
+    model, alone = make(spec), make(spec)
+    outer, is_in, x = wrapped(model, spec), rank in which, batch(0, rank, 0)
+    if is_in and how == "hook of a parameter":
+        model.backbone[0].weight.register_hook(lambda g: None)
+    if is_in and how == "hook of a module":
+        model.backbone.register_full_backward_hook(lambda module, g_in, g_out: None)
+    if how == "input that wants a gradient":
+        x.requires_grad_(is_in)
+    own = outer(x)
+    auxiliary = distance(own) if is_in and how == "auxiliary" else None
+    model.backward(some(own, "abc"), auxiliary)
+    pieces = {t: p.split([3, 5]) for t, p in alone(torch.cat([batch(0, r, 0) for r in range(2)])).items()}
+    each = [{task: piece[r] for task, piece in pieces.items()} for r in range(2)]
+    extra = sum(distance(each[r]) for r in which) / 2 if how == "auxiliary" else None
+    alone.backward(mean_over_ranks({r: some(each[r], "abc") for r in range(2)}), extra)
+    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    return [(p.grad - q.grad).abs().max().item() / q.grad.abs().max().item() for p, q in pairs if q.grad.any()]
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
+@pytest.mark.parametrize("balancer", ["imtl-g", "grad-norm"])
+@pytest.mark.parametrize("how", ["hook of a parameter", "hook of a module", "input that wants a gradient", "auxiliary"])
+def test_who_looks_on_in_one_process_changes_nothing_in_another(pools, how, balancer, which):
+    for off in pools[2].run(watched, how, which, balancer):
+        assert max(off) < 1e-9
+
+
 def freed(rank: int, size: int) -> bool:
     spec = Spec("imtl")
     model = make(spec)
@@ -682,6 +747,19 @@ def of_half_precision(rank: int, size: int) -> list[float]:
 
 def test_a_mean_of_what_float16_cannot_add_up(pools):
     assert pools[2].run(of_half_precision) == [[40000.0] * 2] * 2
+
+
+def balancer_sharded(rank: int, size: int) -> str:
+    model = make(Spec("imtl", wrap="fsdp"))
+    fully_shard(model.balancer, mesh=init_device_mesh("cpu", (size,)))
+    with pytest.raises(ValueError, match="not on its balancer") as error:
+        model(batch(0, rank, 0))
+    return str(error.value)
+
+
+def test_a_balancer_that_is_sharded_by_itself(pools):
+    for message in pools[2].run(balancer_sharded):
+        assert message.startswith("The parameters of IMTL are sharded by themselves. Call fully_shard on the model")
 
 
 def hidden_and_sharded(rank: int, size: int) -> str:

@@ -125,7 +125,7 @@ class Outer(nn.Module):
     def __init__(self, model: MultiTaskModel) -> None:
         super().__init__()
         self.model = model
-        self.shift = nn.Parameter(torch.zeros((), dtype=next(model.parameters()).dtype))
+        self.shift = nn.Parameter(torch.zeros(1, dtype=next(model.parameters()).dtype))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return self.model(x + self.shift)
@@ -144,6 +144,14 @@ def wrapped(model: MultiTaskModel, spec: Spec) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if spec.wrap == "fsdp-whole":
         fully_shard(model, mesh=mesh)
+    elif spec.wrap == "fsdp-resharded":  # the balancer's parameters too, as soon as the forward is over
+        for part in (model.backbone, *model.heads.children(), model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    elif spec.wrap == "fsdp-nested":
+        outer = Outer(model)
+        for part in (model.backbone, *model.heads.children(), model, outer):
+            fully_shard(part, mesh=mesh)
+        return outer
     elif spec.wrap in ("fsdp", "fsdp-parts"):
         for part in (model.backbone, *model.heads.children()):
             fully_shard(part, mesh=mesh)
