@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 from mtlwrap import IMTLG, UW, Compose, FixedWeights, MultiTaskModel, Parameters, cached
 from mtlwrap.records import Records
 from mtlwrap.report import Recorder, Run, findings, main, report, write_report
+from tests.processes.pool import Pool
 from tests.waiting import waits
 
 WRONG, DECISION = "What went wrong", "What the balancer did about it"
@@ -303,7 +304,7 @@ def test_recorder_refuses_what_is_no_step(balancer, tmp_path):
             model.backward(losses)
             recorder.record(losses)
             with pytest.raises(ValueError, match="no balanced backward"):
-                recorder.record(losses)
+                recorder.record({task: loss.detach() for task, loss in losses.items()})
             losses = losses_of(model)
             sum(losses.values()).backward()
             with pytest.raises(ValueError, match="no balanced backward"):
@@ -332,9 +333,20 @@ def test_steps_without_gradients_are_steps(tmp_path):
     )
     with Recorder(tmp_path / "refreshed", exact, every=1) as recorder:
         steps(recorder, 4)
+        losses = losses_of(exact)
+        exact.backward(losses)
+        with pytest.raises(ValueError, match="with cached"):
+            recorder.record(losses)
     records = Records.read(tmp_path / "refreshed" / "statistics.csv")
     assert [math.isnan(value) for value in records.norms["a"]] == [False, True, True, False]
     assert not any(map(math.isnan, records.weights["a"]))
+    model = model_of("a", "b")
+    with Recorder(tmp_path / "unlabelled", model, every=1) as recorder, cached():
+        steps(recorder)
+        losses = losses_of(model, absent="ab")  # the gradients of the step before are there still
+        model.backward(losses)
+        recorder.record(losses)
+    assert Records.read(tmp_path / "unlabelled" / "statistics.csv").steps == [1]
     frozen = model_of("a", "b")
     with Recorder(tmp_path / "frozen", frozen, every=1) as recorder:
         for trainable in (False, True, False):
@@ -376,6 +388,7 @@ def test_recorder_notes_what_it_knows_beside_what_the_user_said(tmp_path):
     assert 0 < first.seconds_per_step < 10
     assert (first.balancer, first.metrics) == ("IMTLG", {"a": {"AUC": 0.9}})
     assert "A step took" in write_report(tmp_path).read_text(encoding="utf-8")
+    first.save(tmp_path)  # what was not changed is the recorder's still
     # Another training in the same folder knows other things; one that is resumed has the time of the first.
     exact = MultiTaskModel(
         nn.Linear(3, 4), {t: nn.Linear(4, 1) for t in "ab"}, Compose(UW(), IMTLG(nonneg=True)), gradients="parameters"
@@ -394,13 +407,42 @@ def test_recorder_notes_what_it_knows_beside_what_the_user_said(tmp_path):
     assert Run.load(tmp_path) == Run("mine", seconds_per_step=1.0, gradients="representation")
 
 
-def test_the_first_process_alone_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("mtlwrap.recorder.is_distributed", lambda: True)
-    for rank in (1, 0):
-        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
-        with Recorder(tmp_path / "run", model_of("a", "b"), every=2) as recorder:
-            steps(recorder, 2)
-        assert (tmp_path / "run").exists() is (rank == 0)
+def test_the_time_of_a_step_is_that_from_reading_to_reading(tmp_path, monkeypatch):
+    readings = iter([0.0, 2.0, 4.0, 100.0, 102.0])  # an evaluation in between
+    monkeypatch.setattr("mtlwrap.recorder.perf_counter", lambda: next(readings))
+    with Recorder(tmp_path, model_of("a"), every=2) as recorder:
+        steps(recorder, 11)
+    assert Run.load(tmp_path).seconds_per_step == 1.0
+
+
+def train_in_a_process(rank, size, folder):
+    """The last task has a label in the second process only."""
+    torch.manual_seed(rank)
+    model = nn.parallel.DistributedDataParallel(model_of("a", "b", "c"))
+    with Recorder(f"{folder}/{rank}", model.module, every=2) as recorder:
+        for _ in range(4):
+            with cached():
+                losses = {task: y.square().mean() for task, y in model(torch.randn(8, 3)).items()}
+                losses["c"] = losses["c"] if rank else None
+                model.module.backward(losses)
+                recorder.record(losses)
+    return model.module.task_weights.tolist()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
+def test_of_two_processes_the_first_writes_what_it_has_labels_of(tmp_path):
+    pool = Pool(2)
+    try:
+        weights, others = pool.run(train_in_a_process, str(tmp_path))
+    finally:
+        pool.close()
+    assert weights == others
+    assert weights[2] != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+    records = Records.read(tmp_path / "0" / "statistics.csv")
+    assert records.steps == [2, 4]
+    assert [set(of) for of in (records.losses, records.weights, records.norms)] == [{"a", "b"}] * 3
+    assert set(records.cosines) == {("a", "b")}
 
 
 def test_recorder_changes_nothing(tmp_path):
