@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from mtlwrap.records import Recorded, Records, mean, signed
 
 # Black, then after Paul Tol's "muted" colours, which colour-blind readers tell apart too; lines differ in dashes and
-# markers as well. Their numbers have no common divisor, so that some hundred lines are all different.
+# markers as well. No two of their numbers, 11, 10 and 3, have a common divisor: 330 lines are all different.
 COLOURS = ["#000000", "#CC6677", "#332288", "#DDAA33", "#117733", "#88CCEE", "#882255", "#44AA99", "#999933", "#AA4499"]
 COLOURS += ["#E8601C"]
-MARKERS = "osD^vP*X<>h"
+MARKERS = "osD^vP*X<>"
 # The broken lines are above the solid ones, so that of two in the same place both are seen.
 DASHES: list[tuple[Any, int]] = [("-", 2), ("--", 3), (":", 4)]
 # Up to so many tasks the cells of a heat-map hold their numbers.
@@ -80,7 +80,7 @@ def norms_figure(records: Recorded, *, title: str = "Norm of each task's gradien
         [1.0, 2.0]
     """
     known = Records.of(records)
-    return _over_steps(known, known.norms, "norm/<task>", title, "gradient norm (units of loss / unit of z)")
+    return _over_steps(known, known.norms, "norm/<task>", title, "gradient norm")
 
 
 def cosines_figure(records: Recorded, *, title: str = "Cosine of the tasks' gradients") -> Figure:

@@ -1,33 +1,29 @@
 """A report on what the tasks of a training did to each other: ``python -m mtlwrap.report RUN_FOLDER``.
 
 A run folder holds ``statistics.csv``, as :class:`Recorder` or :class:`mtlwrap.ignite.CSVLogger` with
-:class:`mtlwrap.ignite.BalancerStatistics` writes it, and, if there is more to tell, ``run.json``: see :class:`Run`. The
+:class:`mtlwrap.ignite.BalancerStatistics` writes it, and, if there is more to tell, ``run.json``: a recorder notes
+there what it knows, the rest is yours to tell, by :meth:`Run.save` or by hand; see :class:`Run` for the entries. The
 page is one HTML file that loads nothing; it says the findings first, and shows the figures below. Figures need
 matplotlib, ``mtlwrap[plot]``.
 """
 
 import argparse
 import base64
-import csv
 import io
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
 from html import escape
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 from string import Template
-from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from mtlwrap.model import MultiTaskModel
+from mtlwrap.recorder import Recorder
 from mtlwrap.records import Recorded, Records, mean, signed
+from mtlwrap.run_folder import DETAILS, PAGE, STATISTICS, Run
 
-STATISTICS, DETAILS, PAGE = "statistics.csv", "run.json", "report.html"
+__all__ = ["Recorder", "Run", "findings", "main", "report", "write_report"]
+
 # A mean cosine this close to 0 is neither agreement nor conflict.
 _NEUTRAL = 0.05
 # A conflict below that is still one if it is there in so many of the records.
@@ -35,152 +31,19 @@ _STEADY = 0.75
 # And if it is no smaller than this.
 _FAINT = 0.002
 _PARTS = ("first", "second", "last")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is known of a training besides its statistics; all of it can be left out.
-
-    Attributes:
-        balancer: what balanced the tasks, in words.
-        metrics: each task's metrics at the end, by task and then by name.
-        single: the same of each task trained alone.
-        higher_is_better: for each metric's name whether higher is better; where it is not said, it is.
-        seconds_per_step: the time of a step.
-        plain_seconds_per_step: the time of a step under a plain sum of the losses.
-    """
-
-    balancer: str = "the balancer"
-    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    single: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    higher_is_better: Mapping[str, bool] = field(default_factory=dict)
-    seconds_per_step: float | None = None
-    plain_seconds_per_step: float | None = None
-
-    def save(self, folder: str | Path) -> None:
-        """Write it into a run folder."""
-        (Path(folder) / DETAILS).write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Run":
-        """Read it from a run folder; nothing is known where there is none.
-
-        Raises:
-            ValueError: it is no JSON object, or has other entries.
-        """
-        file = Path(folder) / DETAILS
-        if not file.exists():
-            return cls()
-        try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, TypeError) as error:
-            wanted = ", ".join(cls.__dataclass_fields__)
-            raise ValueError(f"{file}: expected a JSON object with entries of {wanted}; {error}.") from error
-
-
-class Recorder:
-    """Writes a run folder's statistics from a training loop of one's own; in ignite's, its loggers do.
-
-    The same columns as :class:`mtlwrap.ignite.BalancerStatistics`: means over n steps. The device's numbers are read
-    all at once in every n-th step.
-
-    Args:
-        folder: the run folder, made if need be; its statistics are replaced.
-        model: the model.
-        every: n.
-
-    Raises:
-        TypeError: ``model`` is no :class:`~mtlwrap.MultiTaskModel`.
-        ValueError: ``every`` is no positive int.
-
-    Example:
-        >>> import tempfile
-        >>> import torch
-        >>> from torch import nn
-        >>> from mtlwrap import IMTLG, MultiTaskModel, cached
-        >>> model = MultiTaskModel(nn.Linear(3, 4), {"a": nn.Linear(4, 1), "b": nn.Linear(4, 1)}, IMTLG())
-        >>> with tempfile.TemporaryDirectory() as folder, Recorder(folder, model, every=2) as recorder:
-        ...     for _ in range(4):
-        ...         with cached():
-        ...             losses = {task: y.square().mean() for task, y in model(torch.randn(8, 3)).items()}
-        ...             model.backward(losses)
-        ...             recorder.record(losses)
-        ...     Records.read(recorder.folder / "statistics.csv").steps
-        [2.0, 4.0]
-    """
-
-    def __init__(self, folder: str | Path, model: MultiTaskModel, every: int = 10) -> None:
-        if not isinstance(model, MultiTaskModel):
-            raise TypeError(f"model: expected a MultiTaskModel, got {type(model).__name__}.")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every: expected a positive int, got {every!r}.")
-        self.folder, self.model, self.every = Path(folder), model, every
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._step = 0
-        self._rows: list[Tensor] = []
-        tasks = model.tasks
-        names = [f"{what}/{task}" for what in ("loss", "weight", "norm") for task in tasks]
-        names += [*(f"cosine/{a}/{b}" for a, b in combinations(tasks, 2)), "conflicts"]
-        self._file = (self.folder / STATISTICS).open("w", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file)
-        self._writer.writerow(["step", *names])
-
-    def record(self, losses: Mapping[str, Tensor | None]) -> None:
-        """Note a step, after its backward and inside its :func:`~mtlwrap.cached`; absent tasks may be left out."""
-        self._step += 1
-        self._rows.append(self._numbers(losses))
-        if self._step % self.every == 0:
-            self._write()
-
-    def close(self) -> None:
-        """Write what is left, and close the file."""
-        if not self._file.closed:
-            self._write()
-            self._file.close()
-
-    def __enter__(self) -> "Recorder":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @torch.no_grad()
-    def _numbers(self, losses: Mapping[str, Tensor | None]) -> Tensor:
-        model, gradients = self.model, self.model.task_gradients
-        count = len(model.tasks)
-        given = [losses.get(task) for task in model.tasks]
-        like = next((loss.detach() for loss in given if loss is not None), torch.zeros(()))
-        nothing = like.new_full((count,), math.nan)
-        parts = [torch.stack([nothing[0] if loss is None else loss.detach().to(like) for loss in given])]
-        absent = parts[0].isnan()
-        weights = model.task_weights if any(loss is not None for loss in given) else None
-        parts.append(nothing if weights is None else torch.where(absent, math.nan, weights.to(like)))
-        if gradients is None:
-            parts.append(like.new_full((count + count * (count - 1) // 2 + 1,), math.nan))
-        else:
-            first, second = torch.triu_indices(count, count, 1, device=gradients.active.device)
-            cosines = gradients.cosines[first, second]
-            both = gradients.active[first] & gradients.active[second] & gradients.finite
-            parts.append(torch.where(gradients.active & gradients.finite, gradients.norms, math.nan))
-            parts.append(torch.where(both, cosines, math.nan))
-            parts.append(torch.where(gradients.finite, (cosines < 0).any().to(cosines), math.nan).reshape(1))
-        return torch.cat([part.to(like) for part in parts])
-
-    def _write(self) -> None:
-        if self._rows:
-            means = torch.stack(self._rows).double().nanmean(0).tolist()
-            self._writer.writerow([self._step, *("" if math.isnan(number) else repr(number) for number in means)])
-            self._file.flush()
-            self._rows = []
+# With respect to what the tasks' gradients are.
+_WHERE = {
+    "representation": "on the representation that the tasks share",
+    "parameters": "on the parameters that the tasks share",
+    None: 'on what the tasks share: the representation or, with gradients="parameters", the parameters of the backbone',
+}
 
 
 def findings(records: Recorded, run: Run | None = None) -> dict[str, list[str]]:
     r"""What the statistics say, as sentences under headings.
 
-    Two tasks conflict where the cosine of their gradients on the shared representation is below 0: what helps one then
-    harms the other. Who disagrees most is the pair of the lowest mean cosine over the training; when, that third of it
+    Two tasks conflict where the cosine of their gradients on what they share is below 0: what helps one then harms the
+    other. Who disagrees most is the pair of the lowest mean cosine over the training; when, that third of it
     in which their mean is lowest.
 
     Args:
@@ -196,7 +59,8 @@ def findings(records: Recorded, run: Run | None = None) -> dict[str, list[str]]:
         'It was lowest in the last third, steps 3 to 3; from third to third it went from -0.10 to -0.20 to -0.30.'
     """
     known, details = Records.of(records), run or Run()
-    return {
+    wrong = _wrong(known)
+    return ({"What went wrong": wrong} if wrong else {}) | {
         "Which tasks disagree, and when": _disagreement(known),
         f"What {details.balancer} did about it": _decision(known),
         "What a step cost": _cost(details),
@@ -233,6 +97,7 @@ def report(records: Recorded, run: Run | None = None, *, title: str = "What the 
         sentences=sentences,
         tables=_pairs_table(known) + _metrics_table(details),
         figures="\n".join(_figures(known)),
+        where=escape(_WHERE.get(details.gradients, _WHERE[None])),
     )
 
 
@@ -244,6 +109,9 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
         ValueError: what is in it cannot be read.
     """
     folder = Path(folder)
+    if not (folder / STATISTICS).exists():
+        what = "" if folder.is_dir() else " There is no such folder."
+        raise FileNotFoundError(f"no {STATISTICS} in {folder}; mtlwrap.report.Recorder writes it.{what}")
     page = report(Records.read(folder / STATISTICS), Run.load(folder))
     target = folder / PAGE if output is None else Path(output)
     target.write_text(page, encoding="utf-8")
@@ -253,13 +121,42 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m mtlwrap.report``."""
     parser = argparse.ArgumentParser("python -m mtlwrap.report", description="A report on a training's conflicts.")
-    parser.add_argument("folder", metavar="RUN_FOLDER", help=f"with {STATISTICS} and, if there is more, {DETAILS}")
+    parser.add_argument(
+        "folder",
+        metavar="RUN_FOLDER",
+        help=f"with {STATISTICS} and, if there is more, {DETAILS}; a Recorder writes both",
+    )
     parser.add_argument("--output", metavar="FILE", help=f"by default {PAGE} in the folder")
     options = parser.parse_args(arguments)
     try:
         print(f"The report is {write_report(options.folder, options.output)}.")
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
+
+
+def _wrong(known: Records) -> list[str]:
+    """What has to be mended before anything else is worth reading."""
+    if not (known.weights or known.norms or known.cosines):
+        return [
+            "No balanced backward was seen: there are losses, but neither weights nor gradients of the tasks. Was "
+            "model.backward(losses) called, and not sum(losses).backward()? With a frozen backbone there is nothing to "
+            "balance."
+        ]
+    share = _standstill(known)
+    if not share:
+        return []
+    return [
+        f"The shared part was not trained in {100 * share:.3g} % of the records: every task's gradient had the weight "
+        "0. IMTLG does that where the gradients oppose each other so that no direction serves all tasks alike. "
+        "IMTLG(strict=True) moves there as its paper does; or take another balancer."
+    ]
+
+
+def _standstill(known: Records) -> float:
+    """In what share of the records with weights all of these are 0."""
+    columns = zip(*known.weights.values(), strict=True)
+    rows = [present for row in columns if (present := [weight for weight in row if math.isfinite(weight)])]
+    return mean([not any(row) for row in rows]) if rows else 0.0
 
 
 def _disagreement(known: Records) -> list[str]:
@@ -286,7 +183,9 @@ def _disagreement(known: Records) -> list[str]:
     texts += [f"After them come {_pair(pair)} ({signed(means[pair])})." for pair in pairs[1:2]]
     if len(pairs) > 1:
         texts.append(f"{_pair(pairs[-1])} agree best ({signed(means[pairs[-1]])}).")
-    if math.isfinite(mean(known.conflicts)):
+    # Around a right angle some cosine of many is always below 0, which says nothing.
+    sizes = [mean([abs(value) for value in of]) for of in known.cosines.values()]
+    if math.isfinite(mean(known.conflicts)) and max(sizes) >= _NEUTRAL:
         texts.append(
             f"In {100 * mean(known.conflicts):.0f} % of the steps at least two tasks pulled against each other, "
             "however little."
@@ -295,12 +194,12 @@ def _disagreement(known: Records) -> list[str]:
 
 
 def _when(steps: Sequence[float], values: Sequence[float]) -> list[str]:
-    """In which third of the training a pair is worst; nothing of fewer records than thirds."""
+    """In which third of the training a pair is worst; nothing where all are the same, or there are fewer records."""
     if len(steps) < len(_PARTS):
         return []
     cuts = [round(len(steps) * part / len(_PARTS)) for part in range(len(_PARTS) + 1)]
     thirds = [mean(values[start:end]) for start, end in pairwise(cuts)]
-    if not all(map(math.isfinite, thirds)):
+    if not all(map(math.isfinite, thirds)) or len(set(map(signed, thirds))) == 1:
         return []
     worst = min(range(len(thirds)), key=thirds.__getitem__)
     start = steps[cuts[worst] - 1] + 1 if cuts[worst] else 1
@@ -314,6 +213,8 @@ def _decision(known: Records) -> list[str]:
     weights = {task: mean(values) for task, values in known.weights.items()}
     if len(weights) < 2:
         texts.append("No weights of several tasks were recorded: its decision may be no weighting of gradients.")
+    elif _standstill(known) == 1:
+        texts.append("It gave every task's gradient the weight 0: the shared part was not trained.")
     elif max(weights.values()) - min(weights.values()) <= 1e-6 * max(map(abs, weights.values())):
         texts.append(f"Nothing: every task's gradient had the weight {max(weights.values()):.3g} on average.")
     else:
@@ -341,12 +242,13 @@ def _cost(run: Run) -> list[str]:
     if run.seconds_per_step is None:
         return ["The time of a step was not recorded."]
     text = f"A step took {1000 * run.seconds_per_step:.3g} ms"
+    with_all = "That is with the recording, and whatever else the loop and the machine had to do"
     if run.plain_seconds_per_step is None:
-        return [f"{text}; there is no plain sum to compare it with."]
+        return [f"{text}; there is no plain sum to compare it with.", f"{with_all}."]
     ratio = run.seconds_per_step / run.plain_seconds_per_step
     return [
         f"{text}, {ratio:.2f} times the {1000 * run.plain_seconds_per_step:.3g} ms of a plain sum of the losses.",
-        "That is with the recording, and whatever else the machine had to do: below 1 it is chance.",
+        f"{with_all}: below 1 it is chance.",
     ]
 
 
@@ -472,7 +374,7 @@ img { max-width: 100%; height: auto; background: #ffffff; }
 $sentences
 $tables
 <h2>How to read the figures</h2>
-<p>The gradients are those on the representation that the tasks share. A cosine of 1: the tasks want the
+<p>The gradients are those $where. A cosine of 1: the tasks want the
 same; of 0: they do not mind each other; below 0: what helps one harms the other. Over a whole batch cosines are small
 even where two tasks disagree on many samples: look at their signs, and compare the pairs.</p>
 $figures

@@ -96,6 +96,13 @@ def test_curves_are_the_means_and_bands_the_deviations():
     drawn(figure)
 
 
+def test_a_hundred_lines_are_all_different():
+    looks = plotting.styles(str(number) for number in range(100)).values()
+    assert len({(look["color"], look["marker"], look["linestyle"]) for look in looks}) == 100
+    # In black and white too, as long as there are markers.
+    assert len({(look["marker"], look["linestyle"]) for look in list(looks)[:30]}) == 30
+
+
 def test_a_balancer_looks_the_same_whoever_else_is_drawn():
     every = {name: {"x": [1.0]} for name in ("a", "b", "c")}
 

@@ -13,10 +13,13 @@ from torch import nn
 
 pytest.importorskip("matplotlib")
 
-from mtlwrap import IMTLG, MultiTaskModel, cached
+from mtlwrap import IMTLG, UW, Compose, FixedWeights, MultiTaskModel, Parameters, cached
 from mtlwrap.records import Records
 from mtlwrap.report import Recorder, Run, findings, main, report, write_report
+from tests.processes.pool import Pool
+from tests.waiting import waits
 
+WRONG, DECISION = "What went wrong", "What the balancer did about it"
 DISAGREE, COST, ALONE = "Which tasks disagree, and when", "What a step cost", "Against each task trained alone"
 EVIL = "<script>alert(1)</script>&\"'"
 
@@ -109,6 +112,73 @@ def test_it_does_not_make_up_conflicts(cosine, words):
     assert "Nothing: every task's gradient had the weight 1" in text["What the balancer did about it"][0]
 
 
+@pytest.mark.parametrize(("below", "words"), [(3, "weakly but steadily"), (2, "No two tasks conflict on average")])
+def test_a_weak_conflict_is_one_from_three_records_in_four(below, words):
+    cosines = [-0.04] * below + [0.01] * (4 - below)
+    given = [{"step": step, "cosine/a/b": cosine} for step, cosine in enumerate(cosines, 1)]
+    assert words in findings(given)[DISAGREE][0]
+
+
+@pytest.mark.parametrize(("size", "said"), [(0.04, False), (0.06, True)])
+def test_steps_with_a_conflict_are_counted_only_where_cosines_are_not_all_neutral(size, said):
+    given = [
+        {"step": step, "conflicts": 0.72, "cosine/a/b": size * (-1) ** step, "cosine/a/c": 0.01, "cosine/b/c": 0.0}
+        for step in (1, 2, 3, 4)
+    ]
+    texts = findings(given)[DISAGREE]
+    assert "No two tasks conflict" in texts[0]
+    assert any("In 72 % of the steps" in text for text in texts) is said
+
+
+def test_no_third_is_worst_where_all_are_the_same():
+    given = [{"step": step, "cosine/a/b": -0.95 + step / 10_000} for step in (1, 2, 3)]
+    assert "third" not in " ".join(findings(given)[DISAGREE])
+    given[2]["cosine/a/b"] = -0.97
+    assert "from -0.95 to -0.95 to -0.97" in " ".join(findings(given)[DISAGREE])
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 4])
+def test_a_balancer_that_stops_the_shared_part_comes_first(stopped):
+    weights = [0.0] * stopped + [0.5] * (4 - stopped)
+    given = [
+        {"step": step, "weight/a": weight, "weight/b": weight, "weight/c": None, "cosine/a/b": -0.99}
+        for step, weight in enumerate(weights, 1)
+    ]
+    found = findings(given)
+    assert (WRONG in found) is (stopped > 0)
+    if stopped:
+        assert next(iter(found)) == WRONG
+        assert f"not trained in {25 * stopped} % of the records" in found[WRONG][0]
+        assert "IMTLG(strict=True)" in found[WRONG][0]
+    assert ("the shared part was not trained" in found[DECISION][0]) is (stopped == 4)
+    assert ("Nothing" in found[DECISION][0]) is (stopped < 4)
+
+
+def test_imtl_g_stops_where_gradients_oppose_each_other(tmp_path):
+    model = MultiTaskModel(nn.Linear(3, 1), {"a": nn.Identity(), "b": nn.Identity()}, IMTLG())
+    with Recorder(tmp_path, model) as recorder, cached():
+        z = model(torch.randn(8, 3))
+        losses = {"a": z["a"].mean(), "b": -2 * z["b"].mean()}
+        model.backward(losses)
+        recorder.record(losses)
+    assert "not trained in 100 %" in findings(Records.read(tmp_path / "statistics.csv"))[WRONG][0]
+
+
+def test_losses_alone_are_no_balanced_training():
+    found = findings([{"step": 1, "loss/a": 1.0, "weight/a": None, "norm/a": None}])
+    assert "No balanced backward was seen" in found[WRONG][0]
+    assert "model.backward(losses)" in found[WRONG][0]
+
+
+@pytest.mark.parametrize(
+    ("gradients", "words"),
+    [(None, "on what the tasks share:"), ("parameters", "on the parameters"), ("representation", "on the represent")],
+)
+def test_the_page_says_what_the_gradients_are_on(gradients, words):
+    text = Page(report(rows(), Run(gradients=gradients))).text
+    assert f"The gradients are those {words}" in text
+
+
 def test_page_is_one_file_that_loads_nothing_and_names_are_text():
     page = report(rows(EVIL, "b$x$"), RUN, title="<b>")
     parsed = Page(page)
@@ -160,6 +230,219 @@ def test_recorder_writes_the_means(tmp_path):
         assert values == pytest.approx(means, rel=1e-5)
     assert [math.isnan(value) for value in records.norms["c"]] == [True, True, False]
     assert all(share in (0, 0.5, 1) for share in records.conflicts)
+
+
+def losses_of(model, absent=()):
+    losses = {task: y.square().mean() for task, y in model(torch.randn(8, 3)).items()}
+    return {task: None if task in absent else loss for task, loss in losses.items()}
+
+
+def steps(recorder, count=1):
+    for _ in range(count):
+        with cached():
+            losses = losses_of(recorder.model)
+            recorder.model.backward(losses)
+            recorder.record(losses)
+
+
+def test_recorder_replaces_statistics_or_goes_on_with_them(tmp_path):
+    path = tmp_path / "statistics.csv"
+    for append, expected in [(True, [2, 3]), (True, [2, 3, 4, 6]), (False, [2, 3])]:
+        with Recorder(tmp_path, model_of("a", "b"), every=2, append=append) as recorder:
+            steps(recorder, 3)
+        assert Records.read(path).steps == expected
+    with path.open("a") as file:
+        file.write("4,0.1,0.")  # what a process was about to write as it was ended
+    with Recorder(tmp_path, model_of("a", "b"), every=2, append=True) as recorder:
+        steps(recorder)
+    assert Records.read(path).steps == [2, 3, 4]
+    assert Records.read(path).losses["a"][2] != 0.1
+
+
+def test_recorder_does_not_append_to_other_statistics(tmp_path):
+    Recorder(tmp_path, model_of("a", "b")).close()
+    with pytest.raises(ValueError, match=r"the columns of this model.*loss/c.*append=False"):
+        Recorder(tmp_path, model_of("a", "c"), append=True)
+    with (tmp_path / "statistics.csv").open("a") as file:
+        file.write("one,2\r\n")
+    before = (tmp_path / "statistics.csv").read_bytes()
+    with pytest.raises(ValueError, match=r"a step in the last row.*'one,2'"):
+        Recorder(tmp_path, model_of("a", "b"), append=True)
+    assert (tmp_path / "statistics.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "hand_over",
+    [
+        lambda losses: list(losses.values()),
+        lambda losses: torch.stack(list(losses.values())),
+        lambda losses: {task: [loss / 4, None, 3 * loss / 4] for task, loss in losses.items()},
+    ],
+)
+def test_recorder_takes_what_backward_takes(hand_over, tmp_path):
+    model = model_of("a", "b")
+    with Recorder(tmp_path, model) as recorder, cached():
+        losses = losses_of(model)
+        given = hand_over(losses)
+        model.backward(given)
+        recorder.record(given)
+    records = Records.read(tmp_path / "statistics.csv")
+    for position, (task, loss) in enumerate(losses.items()):
+        assert records.losses[task] == [pytest.approx(loss.item(), rel=1e-6)]
+        assert records.weights[task] == [pytest.approx(model.task_weights[position].item())]
+
+
+@pytest.mark.parametrize("balancer", [IMTLG, UW, lambda: None])
+def test_recorder_refuses_what_is_no_step(balancer, tmp_path):
+    model = MultiTaskModel(nn.Linear(3, 4), {"a": nn.Linear(4, 1), "b": nn.Linear(4, 1)}, balancer())
+    recorder = Recorder(tmp_path, model, every=2)
+    for _ in range(3):  # before there was any step, and after one
+        with cached():
+            losses = losses_of(model)
+            with pytest.raises(ValueError, match="no balanced backward"):
+                recorder.record(losses)
+            model.backward(losses)
+            recorder.record(losses)
+            with pytest.raises(ValueError, match="no balanced backward"):
+                recorder.record({task: loss.detach() for task, loss in losses.items()})
+            losses = losses_of(model)
+            sum(losses.values()).backward()
+            with pytest.raises(ValueError, match="no balanced backward"):
+                recorder.record(losses)
+        with cached():
+            losses = losses_of(model)
+            model.backward(losses)
+        with pytest.raises(ValueError, match=r"not there any more.*with cached"):
+            recorder.record(losses)
+        losses = losses_of(model)
+        with cached():
+            model.backward(losses)
+            with pytest.raises(ValueError, match=r"not there any more.*with cached"):
+                recorder.record(losses)
+    with pytest.raises(ValueError, match="no task called 'c'"):
+        recorder.record({"c": None})
+    recorder.close()
+    with pytest.raises(ValueError, match="after it"):
+        recorder.record({})
+    assert Records.read(tmp_path / "statistics.csv").steps == [2, 3]
+
+
+def test_steps_without_gradients_are_steps(tmp_path):
+    exact = MultiTaskModel(
+        nn.Linear(3, 4), {"a": nn.Linear(4, 1), "b": nn.Linear(4, 1)}, IMTLG(), gradients=Parameters(refresh_every=3)
+    )
+    with Recorder(tmp_path / "refreshed", exact, every=1) as recorder:
+        steps(recorder, 4)
+        losses = losses_of(exact)
+        exact.backward(losses)
+        with pytest.raises(ValueError, match="with cached"):
+            recorder.record(losses)
+    records = Records.read(tmp_path / "refreshed" / "statistics.csv")
+    assert [math.isnan(value) for value in records.norms["a"]] == [False, True, True, False]
+    assert not any(map(math.isnan, records.weights["a"]))
+    model = model_of("a", "b")
+    with Recorder(tmp_path / "unlabelled", model, every=1) as recorder, cached():
+        steps(recorder)
+        losses = losses_of(model, absent="ab")  # the gradients of the step before are there still
+        model.backward(losses)
+        recorder.record(losses)
+    assert Records.read(tmp_path / "unlabelled" / "statistics.csv").steps == [1]
+    frozen = model_of("a", "b")
+    with Recorder(tmp_path / "frozen", frozen, every=1) as recorder:
+        for trainable in (False, True, False):
+            frozen.backbone.requires_grad_(trainable)
+            steps(recorder)
+        with cached():  # and nothing at all
+            losses = losses_of(frozen, absent="ab")
+            frozen.backward(losses)
+            recorder.record(losses)
+    records = Records.read(tmp_path / "frozen" / "statistics.csv")
+    assert records.steps == [1, 2, 3]
+    assert recorder._step == 4
+    for values in (records.weights["a"], records.norms["a"], records.conflicts):  # none of an earlier step
+        assert [math.isnan(value) for value in values] == [True, False, True]
+
+
+def test_recorder_waits_for_the_device_in_every_nth_step_only(tmp_path):
+    model = model_of("a", "b")
+    recorder, waited = Recorder(tmp_path, model, every=3), []
+    steps(recorder, 3)
+    for _ in range(3):
+        with cached():
+            losses = losses_of(model)
+            model.backward(losses)
+            with waits() as seen:
+                recorder.record(losses)
+        seen.pop("tensor", None)  # a mask of the host's, moved without waiting
+        waited.append(dict(seen))
+    assert waited == [{}, {}, {"tolist": 1}]
+    recorder.close()
+
+
+def test_recorder_notes_what_it_knows_beside_what_the_user_said(tmp_path):
+    with Recorder(tmp_path, model_of("a", "b"), every=2) as recorder:
+        assert Run.load(tmp_path) == Run("IMTLG", gradients="representation")
+        Run(metrics={"a": {"AUC": 0.9}}).save(tmp_path)
+        steps(recorder, 8)
+    first = Run.load(tmp_path)
+    assert 0 < first.seconds_per_step < 10
+    assert (first.balancer, first.metrics) == ("IMTLG", {"a": {"AUC": 0.9}})
+    assert "A step took" in write_report(tmp_path).read_text(encoding="utf-8")
+    first.save(tmp_path)  # what was not changed is the recorder's still
+    # Another training in the same folder knows other things; one that is resumed has the time of the first.
+    exact = MultiTaskModel(
+        nn.Linear(3, 4), {t: nn.Linear(4, 1) for t in "ab"}, Compose(UW(), IMTLG(nonneg=True)), gradients="parameters"
+    )
+    Recorder(tmp_path, exact, append=True).close()
+    expected = Run("Compose(UW, IMTLG(nonneg=True))", first.metrics, gradients="parameters")
+    assert Run.load(tmp_path) == Run(
+        expected.balancer, first.metrics, seconds_per_step=first.seconds_per_step, gradients="parameters"
+    )
+    Recorder(tmp_path, exact).close()
+    assert Run.load(tmp_path) == expected
+    # What the user says counts, and stays.
+    Run("mine", seconds_per_step=1.0).save(tmp_path)
+    with Recorder(tmp_path, MultiTaskModel(nn.Linear(3, 4), [nn.Linear(4, 1)] * 2, FixedWeights([1, 2]))) as recorder:
+        pass
+    assert Run.load(tmp_path) == Run("mine", seconds_per_step=1.0, gradients="representation")
+
+
+def test_the_time_of_a_step_is_that_from_reading_to_reading(tmp_path, monkeypatch):
+    readings = iter([0.0, 2.0, 4.0, 100.0, 102.0])  # an evaluation in between
+    monkeypatch.setattr("mtlwrap.recorder.perf_counter", lambda: next(readings))
+    with Recorder(tmp_path, model_of("a"), every=2) as recorder:
+        steps(recorder, 11)
+    assert Run.load(tmp_path).seconds_per_step == 1.0
+
+
+def train_in_a_process(rank, size, folder):
+    """The last task has a label in the second process only."""
+    torch.manual_seed(rank)
+    model = nn.parallel.DistributedDataParallel(model_of("a", "b", "c"))
+    with Recorder(f"{folder}/{rank}", model.module, every=2) as recorder:
+        for _ in range(4):
+            with cached():
+                losses = {task: y.square().mean() for task, y in model(torch.randn(8, 3)).items()}
+                losses["c"] = losses["c"] if rank else None
+                model.module.backward(losses)
+                recorder.record(losses)
+    return model.module.task_weights.tolist()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
+def test_of_two_processes_the_first_writes_what_it_has_labels_of(tmp_path):
+    pool = Pool(2)
+    try:
+        weights, others = pool.run(train_in_a_process, str(tmp_path))
+    finally:
+        pool.close()
+    assert weights == others
+    assert weights[2] != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+    records = Records.read(tmp_path / "0" / "statistics.csv")
+    assert records.steps == [2, 4]
+    assert [set(of) for of in (records.losses, records.weights, records.norms)] == [{"a", "b"}] * 3
+    assert set(records.cosines) == {("a", "b")}
 
 
 def test_recorder_changes_nothing(tmp_path):
@@ -241,10 +524,13 @@ def test_details_that_cannot_be_read(details, complaint, folder, capsys):
     assert complaint in capsys.readouterr().err
 
 
-def test_folder_without_statistics(tmp_path, capsys):
+@pytest.mark.parametrize("name", [".", "missing"])
+def test_folder_without_statistics(name, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main([str(tmp_path)])
-    assert "statistics.csv" in capsys.readouterr().err
+        main([str(tmp_path / name)])
+    said = capsys.readouterr().err
+    assert f"no statistics.csv in {tmp_path / name}; mtlwrap.report.Recorder writes it." in said
+    assert ("There is no such folder" in said) is (name == "missing")
 
 
 @pytest.mark.parametrize(("every", "complaint"), [(0, "got 0"), (True, "got True"), (1.5, "got 1.5")])

@@ -1,8 +1,9 @@
 """Training and evaluation with PyTorch-Ignite: ``pip install 'mtlwrap[ignite]'``.
 
 :func:`create_multitask_trainer` and :func:`create_multitask_evaluator` are ignite's supervised ones for several tasks,
-with labels that may be missing; :class:`BalancerStatistics` shows what the tasks do to each other, :class:`CSVLogger`
-writes that, or any metric, to a file; :class:`DeltaM` compares with single-task training.
+with labels that may be missing: NaN in floating-point targets (also those of 0 and 1 that a binary cross-entropy
+wants), -1 or -100 in integer ones. :class:`BalancerStatistics` shows what the tasks do to each other,
+:class:`CSVLogger` writes that, or any metric, to a file; :class:`DeltaM` compares with single-task training.
 
 What to save with ignite's ``Checkpoint``: the trainer, the model, which has the balancer in it, the optimizer,
 ``trainer.state.scaler`` if there is one, and :class:`AccumulatedGradients` if gradients are accumulated and the

@@ -45,7 +45,7 @@ def create_multitask_evaluator(
         output_transform: from ``(x, targets, predictions)`` to the engine's output; the metrics do not depend on it.
         amp_mode: ``"amp"`` runs the model under ``torch.autocast``.
         model_fn: from ``(model, x)`` to the predictions.
-        ignore_index: the integers that are no label.
+        ignore_index: the integers that are no label, in integer targets; in others it is NaN.
 
     Returns:
         The engine. After each batch ``state.labelled`` has the pair of each task with a label, by name.

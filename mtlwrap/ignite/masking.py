@@ -32,7 +32,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Masking:
-    """What counts as no label: NaN in floating-point targets, ``ignored`` in integer ones.
+    """What counts as no label: NaN in floating-point targets, 0 and 1 of a BCE among them, ``ignored`` in integer ones.
 
     Attributes:
         tasks: the tasks' names, in order.
@@ -74,7 +74,7 @@ class Masking:
         """For the target of each task, which rows have a label.
 
         The numbers of rows come to the host together: for targets on a device it waits once, for those on the host
-        never. A target that is no tensor, or has no rows, is a label as a whole.
+        never. A target that is no tensor, or one that is 0-dim, is a label as a whole; one of 0 rows is none.
         """
         known = {task: mask for task, target in enumerate(targets) if (mask := self._known(target)) is not None}
         if not known:

@@ -1,16 +1,12 @@
 """What the tasks do to each other, as metrics of the trainer: any of ignite's loggers can take them."""
 
-from collections.abc import Sequence
-from itertools import combinations
-
 import ignite.distributed as idist
-import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
-from mtlwrap.gradients import TaskGradients
 from mtlwrap.ignite.common import unwrapped
 from mtlwrap.ignite.trainer import MultitaskEvents
+from mtlwrap.measures import Measures
 
 
 class BalancerStatistics:
@@ -66,13 +62,7 @@ class BalancerStatistics:
     def __init__(self, model: nn.Module, *, cosines: bool = True) -> None:
         self.model = unwrapped(model)
         self.cosines = cosines
-        tasks = self.model.tasks
-        self._names = [f"{what}/{task}" for what in ("loss", "weight", "norm") for task in tasks]
-        self._names += [f"cosine/{a}/{b}" for a, b in combinations(tasks, 2)]
-        self._names += ["conflicts", "nonfinite"]
-        # Sums and how many numbers are in each, [2, names].
-        self._sums: Tensor | None = None
-        self._pairs: Tensor | None = None
+        self._measures = Measures(self.model.tasks)
 
     def attach(self, engine: Engine, every: int = 1) -> None:
         """Have a trainer's metrics updated in every n-th iteration; loggers that are attached later see them.
@@ -96,80 +86,29 @@ class BalancerStatistics:
 
     def reset(self) -> None:
         """Forget the steps since the last reading."""
-        self._sums = None
+        self._measures.sums = None
 
     def update(self, engine: Engine) -> None:
         """Add a step; called in the scope of the step, after its backward."""
         losses: dict[str, Tensor] = engine.state.losses  # type: ignore[attr-defined]
-        if not losses:
-            return  # nothing was balanced: the model's weights are those of an earlier step
-        with torch.no_grad():
-            numbers, counted = self._step(losses)
-            if self._sums is None:
-                self._sums = numbers.new_zeros(2, len(self._names))
-            # Not by multiplication: what is left out may be NaN.
-            self._sums += torch.stack([torch.where(counted, numbers, 0.0), counted.to(numbers)])
+        if losses:  # otherwise nothing was balanced: the model's weights are those of an earlier step
+            self._measures.add(losses, self.model.task_weights, self.model.task_gradients)
 
     def compute(self) -> dict[str, float]:
         """The means since the last reset, over all processes; here the host waits."""
-        tasks = len(self.model.tasks)
-        if self._sums is None:  # no step with a label, here; there may have been some in another process
-            example = next(self.model.parameters())
-            self._sums = torch.zeros(2, len(self._names), dtype=_precision(example), device=example.device)
-        together = self._sums
+        tasks, names = len(self.model.tasks), self._measures.names
+        together = self._measures.sums
+        if together is None:  # no step with a label, here; there may have been some in another process
+            together = self._measures.nothing(next(self.model.parameters()))
         if idist.get_world_size() > 1:
             together = idist.all_reduce(together.clone())  # type: ignore[assignment]
         sums, counts = together.tolist()
-        means = {name: s / n if n else float("nan") for name, s, n in zip(self._names, sums, counts, strict=True)}
-        hidden = self._names[3 * tasks : -2] if not self.cosines else []
-        weights = self._names[tasks : 2 * tasks]
+        hidden = names[3 * tasks : -2] if not self.cosines else []
         if not any(counts[tasks : 2 * tasks]):
-            hidden = [*hidden, *weights]
-        return {name: mean for name, mean in means.items() if name not in hidden}
+            hidden = [*hidden, *names[tasks : 2 * tasks]]
+        return {name: mean for name, mean in self._measures.means(sums, counts).items() if name not in hidden}
 
     def completed(self, engine: Engine) -> None:
         """Put the means into the engine's metrics, and begin anew."""
         engine.state.metrics.update(self.compute())
         self.reset()
-
-    def _step(self, losses: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The numbers of one step, and which of them count."""
-        example = next(iter(losses.values()))
-        absent = torch.zeros((), dtype=_precision(example), device=example.device)
-        numbers = torch.stack([losses.get(task, absent).to(absent) for task in self.model.tasks])
-        # From the host, where it is known, without waiting.
-        known = torch.tensor([task in losses for task in self.model.tasks])
-        active = known.to(example.device, non_blocking=True)
-        weights = self.model.task_weights
-        weights = torch.full_like(numbers, torch.nan) if weights is None else weights.to(absent)
-        parts = [
-            (numbers, active),
-            (weights, active & weights.isfinite()),
-            *self._of_gradients(self.model.task_gradients, active, absent),
-        ]
-        return torch.cat([n.to(absent) for n, _ in parts]), torch.cat([c.to(example.device) for _, c in parts])
-
-    def _of_gradients(
-        self, gradients: TaskGradients | None, labelled: Tensor, absent: Tensor
-    ) -> Sequence[tuple[Tensor, Tensor]]:
-        count = len(self.model.tasks)
-        if gradients is None:
-            nothing = absent.new_zeros(count + count * (count - 1) // 2 + 2)
-            return [(nothing, torch.zeros_like(nothing, dtype=torch.bool))]
-        # A task that takes part in another process only has no gradient here.
-        active, finite = gradients.active & labelled, gradients.finite
-        if self._pairs is None or self._pairs.device != active.device:
-            self._pairs = torch.triu_indices(count, count, 1, device=active.device)
-        first, second = self._pairs
-        cosines = gradients.cosines[first, second]
-        conflict = (cosines < 0).any()  # that of a task that takes no part is 0
-        always = torch.ones_like(finite)
-        return [
-            (gradients.norms, active & finite),
-            (cosines, active[first] & active[second] & finite),
-            (torch.stack([conflict, ~finite]), torch.stack([finite, always])),
-        ]
-
-
-def _precision(like: Tensor) -> torch.dtype:
-    return torch.float32 if like.device.type == "mps" else torch.float64  # there is no float64 on mps

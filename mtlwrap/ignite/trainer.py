@@ -1,6 +1,6 @@
 """The trainer: an ignite engine that takes a balanced step per batch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -77,8 +77,10 @@ def create_multitask_trainer(
         \emptyset\big) \,/\, \text{gradient\_accumulation\_steps}
 
     backward; parameters are then those of the loop written by hand. A row of a floating-point target has no label where
-    all its entries are NaN, one of an integer target where all are ``ignore_index``. Such rows are dropped from
-    prediction and target; a task without a labelled row takes no part in the step. What follows:
+    all its entries are NaN, one of an integer target where all are ``ignore_index``, by default -1 or -100. (Labels of
+    0 and 1 for a binary cross-entropy are floating point: there NaN is none, and -1 a label.) Such rows are dropped
+    from prediction and target; a task without a labelled row takes no part in the step, and where no task has one,
+    nothing moves, not even the scaler. What follows:
 
     - *Dense targets*, ``[B, ...]``: a row is a sample, dropped if nothing in it is labelled. A sample labelled in part
       goes to the loss as it is, which must leave out the rest itself: by its own ``ignore_index``, or, for NaN, by
@@ -112,7 +114,7 @@ def create_multitask_trainer(
             ``trainer.state.scaler``, to be saved.
         gradient_accumulation_steps: the optimizer steps in every n-th iteration; each batch is balanced by itself.
         model_fn: from ``(model, x)`` to the predictions.
-        ignore_index: the integers that are no label.
+        ignore_index: the integers that are no label, in integer targets; in others it is NaN.
 
     Returns:
         The engine, with the event :attr:`MultitaskEvents.BACKWARD_COMPLETED`.
@@ -222,9 +224,17 @@ class _Step:
     def _move(self) -> None:
         if self.scaler is None:
             self.optimizer.step()
-        else:
+        elif any(p.grad is not None for p in self._optimized()):
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        else:
+            # A scaler refuses a step in which it saw no gradient. Given its own scale, which nobody reads, it keeps it,
+            # and forgets that a handler had it unscale.
+            one = torch.ones((), device=next(self._optimized()).device)
+            self.scaler.update(self.scaler.scale(one))
+
+    def _optimized(self) -> Iterator[Tensor]:
+        return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
 
 
 def _is_asked(engine: Engine) -> bool:

@@ -14,6 +14,7 @@ from mtlwrap import EqualWeighting, MultiTaskModel
 from mtlwrap.ignite import MultitaskEvents, create_multitask_trainer
 from tests.common import BALANCERS, DEVICE, TASKS, make_model
 from tests.ignite.problem import LOSSES, losses_by_hand, make_batch, make_training, trainer_on_steps
+from tests.waiting import waits
 
 EXACT = {"rtol": 0, "atol": 0}
 STEPS = 50
@@ -148,6 +149,31 @@ def test_gradients_can_be_clipped_between_backward_and_step() -> None:
     assert_close(moved.item(), 1e-3, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("unscales", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_with_a_scaler_too_batches_without_any_label_do_nothing(accumulation: int, unscales: bool) -> None:
+    model, _ = make_training("equal")
+    optimizer = torch.optim.AdamW(model.param_groups(lr=0.1))
+    scaler = make_scaler()
+    options: dict[str, Any] = {"amp_mode": "amp", "scaler": scaler, "gradient_accumulation_steps": accumulation}
+    trainer = create_multitask_trainer(model, optimizer, LOSSES, **options)
+    if unscales:  # which a scaler allows once before each update
+        trainer.add_event_handler(MultitaskEvents.BACKWARD_COMPLETED(every=accumulation), scaler.unscale_, optimizer)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    unlabelled, labelled = make_batch(20), make_batch(1)
+    with waits() as waited:
+        trainer.run([unlabelled] * 4)
+    assert trainer.state.output == {}
+    assert_close(model.state_dict(), before, **EXACT)
+    assert (scaler.get_scale(), scaler._get_growth_tracker()) == (2.0**10, 0)
+    assert optimizer.state == {}
+    assert "item" not in waited
+    # Half of an accumulated step has a label: it is taken.
+    trainer.run([unlabelled, labelled], epoch_length=2, max_epochs=1)
+    assert not torch.equal(model.state_dict()["backbone.0.weight"], before["backbone.0.weight"])
+    assert scaler._get_growth_tracker() == 1
+
+
 def test_targets_in_order_or_in_a_tensor() -> None:
     outcomes = []
     x, y = torch.randn(8, 5), torch.randn(8, 2)
@@ -257,10 +283,19 @@ def test_a_loss_that_is_not_0_dim_names_its_task() -> None:
         trainer.run([make_batch(1)])
 
 
-def test_a_compiled_model_is_unwrapped() -> None:
-    model = make_model(EqualWeighting(), torch.float32)
-    compiled = torch.compile(model, backend="eager")
-    create_multitask_trainer(compiled, torch.optim.SGD(model.parameters(), lr=0.1), LOSSES).run([make_batch(1)])
+def test_a_compiled_model_is_unwrapped_and_trains_as_the_plain_one() -> None:
+    ends = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        model = make_model(EqualWeighting(), torch.float32)
+        wrapped = torch.compile(model, backend="eager") if compiled else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        before = model.state_dict()["backbone.0.weight"].clone()
+        output = create_multitask_trainer(wrapped, optimizer, LOSSES).run([make_batch(1)]).output
+        assert set(output) == set(TASKS)
+        assert not torch.equal(model.state_dict()["backbone.0.weight"], before)
+        ends.append(model.state_dict())
+    assert_close(ends[0], ends[1], **EXACT)
 
 
 def test_without_a_mode_an_autocast_around_the_training_counts() -> None:
