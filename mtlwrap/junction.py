@@ -104,8 +104,8 @@ class Junction:
         parameters = {name: p for name, p in balancer.named_parameters() if p.requires_grad}
         if any(hasattr(parameter, "device_mesh") for parameter in parameters.values()):
             raise ValueError(
-                f"The parameters of {type(balancer).__name__} are sharded by themselves. Call fully_shard on the model, "
-                "not on its balancer: a balancer has no forward of its own that could gather them."
+                f"The parameters of {type(balancer).__name__} are sharded by themselves. Call fully_shard on the "
+                "model, not on its balancer: that has no forward of its own which could gather them."
             )
         # Once each task was seen to read its own head: what the outputs tell apart is needed for that check.
         together = not balancer.sees_gradients and current_scope() is None and self._origins.trusts(tasks)
