@@ -56,7 +56,7 @@ class Records:
             return recorded
         columns = _without_tag(_columns(recorded))
         tasks = _tasks(columns)
-        # By the names of the tasks, for these may have a stroke in them.
+        # By the names of the tasks, for these may have a slash in them.
         pairs = {pair: columns.get(f"cosine/{pair[0]}/{pair[1]}") for pair in combinations(tasks, 2)}
         per_task = [{t: columns[f"{what}/{t}"] for t in tasks if f"{what}/{t}" in columns} for what in _PER_TASK]
         cosines = {pair: values for pair, values in pairs.items() if values is not None and _known(values)}
