@@ -90,7 +90,9 @@ class RotateOnly(GradientBalancer):
         self.normalize_losses = bool(normalize_losses)
         self.burn_in_period = burn_in_period
         self.rotations = None
+        # Whether the next transform is of the forward that settled the rotations, and whether the last one was.
         self._settled = False
+        self._at_base = True
         self.first_losses = FirstLosses(burn_in_period)
 
     def bind(self, num_tasks: int) -> None:
@@ -126,7 +128,7 @@ class RotateOnly(GradientBalancer):
         # Only right after prepare is the base where the optimizer has taken the rotations. A copy, for the next step
         # writes there, perhaps before this one has run backward.
         matrices = self.rotations.base.clone() if self._settled else self.rotations.matrices()
-        self._settled = False
+        self._at_base, self._settled = self._settled, False
         return [self._rotated(tensor, matrices[task]) for tensor, task in zip(tensors, tasks, strict=True)]
 
     @property
@@ -154,7 +156,8 @@ class RotateOnly(GradientBalancer):
             if gradient is not None:
                 products[task] = torch.einsum("bip,bjp->ij", self._planar(gradient), pull)
         products = gradients.pooled(products)
-        return {"rotations.angles": self.rotations.angle_gradients(-2.0 * products).to(self.rotations.angles.dtype)}
+        on_angles = self.rotations.angle_gradients(-2.0 * products, at_base=self._at_base)
+        return {"rotations.angles": on_angles.to(self.rotations.angles.dtype)}
 
     def extra_repr(self) -> str:
         """The options that are set."""
