@@ -20,6 +20,10 @@ class Balancer(WideBuffers, ABC):
 
     What the user's optimizer learns is a ``Parameter``; what the balancer itself updates is a buffer; what lives for
     one step is a plain attribute.
+
+    In evaluation mode a backward pass decides as always, but no state moves: a derived class writes to its buffers only
+    if ``self.training``. Whoever trains a network in evaluation mode, for the sake of its batch statistics, calls
+    ``model.balancer.train()`` after ``model.eval()``, and the state follows.
     """
 
     num_tasks: int | None = None
@@ -47,7 +51,8 @@ class Balancer(WideBuffers, ABC):
         """Allocate state whose size the representation decides; called in each training forward. Neutral: nothing.
 
         Args:
-            representation: its tensors that carry a gradient, batch first.
+            representation: its tensors that carry a gradient, batch first; with ``gradients="parameters"`` the shared
+                parameters instead, each detached and as one row, ``[1, n]``.
 
         Raises:
             ValueError: the state has another size already.

@@ -104,7 +104,7 @@ class GradNorm(GradientBalancer):
     def own_gradients(self, gradients: TaskGradients) -> dict[str, Tensor]:
         """The gradient of the objective on the logits of the weights; zero for a task that takes no part."""
         count = gradients.active.sum()
-        progress = gradients.losses / self._initial(gradients.losses)
+        progress = gradients.losses / self._initial(gradients)
         pull = pulls(gradients.norms, gradients.norms.sum() / count, relative_rates(progress, gradients, self.alpha))
         return {"logits": logit_gradients(pull, self.logits, gradients)}
 
@@ -113,10 +113,10 @@ class GradNorm(GradientBalancer):
         known = "" if self.initial_losses is None else f", initial_losses={self.initial_losses}"
         return f"alpha={self.alpha:g}{known}"
 
-    def _initial(self, losses: Tensor) -> Tensor:
+    def _initial(self, gradients: TaskGradients) -> Tensor:
         if self.initial_losses is not None:
-            return constant(tuple(self.initial_losses), losses)
-        return self.first_losses.known().to(losses)
+            return constant(tuple(self.initial_losses), gradients.losses)
+        return self.first_losses.after(gradients)
 
 
 def relative_rates(progress: Tensor, gradients: TaskGradients, alpha: float) -> Tensor:

@@ -84,7 +84,7 @@ class RotoGradNorm(RotateOnly):
         """The gradients of the rotation objective on the angles, and of the norm objective on the logits."""
         weights, count = self._weights(gradients), gradients.active.sum()
         mean_norm = (weights @ gradients.gramian @ weights).clamp(min=0.0).sqrt() / count
-        progress = gradients.losses / self.first_losses.known().to(gradients.losses)
+        progress = gradients.losses / self.first_losses.after(gradients)
         pull = pulls(weights * gradients.norms, mean_norm, relative_rates(progress, gradients, self.alpha))
         return {**super().own_gradients(gradients), "logits": logit_gradients(pull, self.logits, gradients)}
 
