@@ -25,8 +25,9 @@ class Rotations(nn.Module):
     step of the optimizer and no more, and the gradient of a function f of :math:`R_k` with respect to the angles is
     just :math:`P = R_k^\top \partial f / \partial R_k` minus its transpose, with no map to differentiate through.
     (Elsewhere, as in evaluation mode, where nothing is moved, P is to be replaced by
-    :math:`(I - \tfrac12 \Delta)^{-1} P \, (I - \tfrac12 \Delta)^{-\top}`.) The angles themselves are not touched: nothing is taken from under an optimizer, an average of weights or a sharding.
-    One Newton-Schulz step removes what rounding adds up to over a training.
+    :math:`(I - \tfrac12 \Delta)^{-1} P \, (I - \tfrac12 \Delta)^{-\top}`.) The angles themselves are not touched:
+    nothing is taken from under an optimizer, an average of weights or a sharding. One Newton-Schulz step removes what
+    rounding adds up to over a training.
 
     Attributes:
         angles: ``[T, m (m - 1) / 2]``, learned.
@@ -74,7 +75,7 @@ class Rotations(nn.Module):
 
     def _delta(self) -> Tensor:
         """How far the angles are from where the base is."""
-        delta = self.angles.to(self.base.dtype) - self.anchor
+        delta: Tensor = self.angles.to(self.base.dtype) - self.anchor
         # A step that long is none, and would not leave a rotation.
         return delta * (_LONGEST / delta.norm(dim=1, keepdim=True).clamp(min=_LONGEST))
 
@@ -83,7 +84,7 @@ class Rotations(nn.Module):
         identity = torch.eye(self.size, dtype=self.base.dtype, device=self.base.device)
         # solve_ex: without a check of the result, for which the host would have to wait. It cannot fail: the
         # eigenvalues of I - A/2 have a real part of one.
-        solved, _ = torch.linalg.solve_ex(identity - 0.5 * self._skew(delta), matrices, left=False)
+        solved: Tensor = torch.linalg.solve_ex(identity - 0.5 * self._skew(delta), matrices, left=False).result
         return solved
 
     @torch.no_grad()
