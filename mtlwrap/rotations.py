@@ -77,7 +77,8 @@ class Rotations(nn.Module):
         """How far the angles are from where the base is."""
         delta: Tensor = self.angles.to(self.base.dtype) - self.anchor
         # A step that long is none, and would not leave a rotation.
-        return delta * (_LONGEST / delta.norm(dim=1, keepdim=True).clamp(min=_LONGEST))
+        bounded: Tensor = delta * (_LONGEST / delta.norm(dim=1, keepdim=True).clamp(min=_LONGEST))
+        return bounded
 
     def _halfway(self, delta: Tensor, matrices: Tensor) -> Tensor:
         """The matrices, times the inverse of I - A/2 from the right."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mtlwrap.balancers.base import GradientBalancer
+from mtlwrap.checks import integer, positive
 from mtlwrap.gradients import TaskGradients, num_features
 
 # Entries of [T, features] that are worked on at once: what is larger is done task by task, to save memory.
@@ -90,11 +91,9 @@ class ExcessMTL(GradientBalancer):
 
     def __init__(self, robust_step_size: float = 0.01, n_warmup_steps: int = 0, feature_dim: int | None = None) -> None:
         super().__init__()
-        self.robust_step_size = _checked_step_size(robust_step_size)
-        self.n_warmup_steps = _checked_int("n_warmup_steps", n_warmup_steps)
-        if self.n_warmup_steps < 0:
-            raise ValueError(f"n_warmup_steps: expected at least 0, got {n_warmup_steps}.")
-        self.feature_dim = None if feature_dim is None else _checked_int("feature_dim", feature_dim)
+        self.robust_step_size = positive("robust_step_size", robust_step_size)
+        self.n_warmup_steps = integer("n_warmup_steps", n_warmup_steps, least=0)
+        self.feature_dim = None if feature_dim is None else integer("feature_dim", feature_dim)
         # log_weights [T]; baseline [T], the average so far, and baseline_calls [T], over how many calls; sizes [T], the
         # largest entry of each task's first gradient, the unit of all that follows, so that squares neither overflow
         # nor vanish; squared_gradients [T, features], S.
@@ -253,17 +252,3 @@ def _excess(squared_gradients: Tensor, squares: Tensor) -> Tensor:
 def _log_total(logarithms: Tensor, chosen: Tensor) -> Tensor:
     """The logarithm of the sum of what is chosen."""
     return torch.where(chosen, logarithms, -torch.inf).logsumexp(0)
-
-
-def _checked_step_size(robust_step_size: float) -> float:
-    if isinstance(robust_step_size, bool) or not isinstance(robust_step_size, int | float):
-        raise TypeError(f"robust_step_size: expected a number, got {robust_step_size!r}.")
-    if not 0 < robust_step_size < math.inf:
-        raise ValueError(f"robust_step_size: expected a positive finite number, got {robust_step_size}.")
-    return float(robust_step_size)
-
-
-def _checked_int(name: str, number: int) -> int:
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"{name}: expected an int, got {number!r}.")
-    return number

@@ -60,6 +60,11 @@ class FirstLosses(nn.Module):
     def _seen(self, gradients: TaskGradients) -> tuple[Tensor, Tensor, Tensor]:
         """The first losses with those of a step, which tasks it counts for, and for which the burn-in ends with it."""
         known, calls = self.values, self.calls
+        if len(calls) not in (0, gradients.num_tasks):
+            raise ValueError(
+                f"matrix: expected a row for each of {len(calls)} tasks, as before, got {gradients.num_tasks}; reset() "
+                "starts afresh."
+            )
         if len(calls) == 0:
             known = calls = torch.zeros(gradients.num_tasks, dtype=known.dtype, device=known.device)
         values = self._with(gradients.losses, known, calls)
