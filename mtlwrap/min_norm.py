@@ -19,7 +19,7 @@ def min_norm_weights(gramian: Tensor, usable: Tensor) -> Tensor:
     it gives coinciding vectors equal weights.
 
     Args:
-        gramian: the inner products of vectors of length about 1, ``[T, T]``, float64, or float32 where there is no more.
+        gramian: the inner products of vectors of length about 1, ``[T, T]``, float64 where the device has it.
         usable: which vectors take part, boolean, ``[T]``; the others get a weight of zero.
 
     Returns:
