@@ -48,8 +48,8 @@ class TaskGradients:
 
     Inner products are accumulated in float64 (float32 on devices that have no float64), whatever the gradients'
     own precision and whatever precision is allowed for matrix products elsewhere: a sum of squares of float32
-    numbers then neither overflows nor loses the small ones. On a CPU long float32 gradients are multiplied in float32,
-    brought to a size of about one, and every 512 products are added up in float64.
+    numbers then neither overflows nor loses the small ones. On a CPU long float32 gradients of four tasks or more are
+    multiplied in float32, brought to a size of about one, and every 512 products are added up in float64.
 
     Args:
         matrix: the gradients as rows, ``[T, n]``, floating point.
@@ -389,7 +389,7 @@ class TaskGradients:
     def _products_here(self) -> Tensor:
         like = self._checked()
         with _plain_arithmetic(like):
-            total = torch.zeros(self.num_tasks, self.num_tasks, dtype=_accumulator(like), device=like.device)
+            total = torch.zeros(self.num_tasks, self.num_tasks, dtype=widest_dtype(like.device), device=like.device)
             parts, layouts = self._parts_of_products()
             for part, layout in zip(parts, layouts, strict=True):
                 rows = [None if g is None else layout.flatten(g.detach()) for g in part]
@@ -559,8 +559,19 @@ def _real(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype
 
 
-def _accumulator(like: Tensor) -> torch.dtype:
-    return torch.float32 if like.device.type == "mps" else torch.float64  # there is no float64 on mps
+def widest(tensor: Tensor) -> Tensor:
+    """The tensor in float64, or in float32 on a device that has no float64."""
+    return tensor.to(widest_dtype(tensor.device))
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of a device."""
+    return torch.float64 if has_float64(device) else torch.float32
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device has float64."""
+    return device.type != "mps"
 
 
 def plain(gradient: Tensor | None) -> Tensor | None:

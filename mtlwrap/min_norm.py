@@ -19,7 +19,7 @@ def min_norm_weights(gramian: Tensor, usable: Tensor) -> Tensor:
     it gives coinciding vectors equal weights.
 
     Args:
-        gramian: the inner products of vectors of length about 1, ``[T, T]``, float64.
+        gramian: the inner products of vectors of length about 1, ``[T, T]``, float64 where the device has it.
         usable: which vectors take part, boolean, ``[T]``; the others get a weight of zero.
 
     Returns:
@@ -49,7 +49,7 @@ def _round(quadratic: Tensor, member: Tensor, weights: Tensor, slack: Tensor) ->
     slack_step = quadratic @ weights_step - price_step * member
     length = torch.minimum(_longest(weights, weights_step), _longest(slack, slack_step))
     length = (_STEP * length).clamp(max=1.0)
-    # At the end of the path rounding can break a factorisation; then this round is none.
+    # At the end of the path rounding breaks factorisations in float32; then this round is none.
     sound = length.isfinite() & weights_step.isfinite().all() & slack_step.isfinite().all()
     weights = torch.where(sound, weights + length * weights_step, weights).clamp(min=1e-40)
     slack = torch.where(sound, slack + length * slack_step, slack).clamp(min=1e-40)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mtlwrap.aliases import aliases, without_fork
 from mtlwrap.balancers import Balancer, EqualWeighting, by_name
+from mtlwrap.balancers.base import check_is_balancer
 from mtlwrap.exact import Exact, Parameters, Schedule
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.heads import Heads
@@ -302,9 +303,7 @@ class MultiTaskModel(nn.Module):
 
     def _bound(self, balancer: Balancer | str | None) -> Balancer:
         made = by_name(balancer) if isinstance(balancer, str) else EqualWeighting() if balancer is None else balancer
-        if not isinstance(made, Balancer):
-            what = f"the class {made.__name__}" if isinstance(made, type) else type(made).__name__
-            raise TypeError(f"balancer: expected a balancer object, the name of one or None, got {what}.")
+        check_is_balancer(made, "a balancer object, the name of one or None")
         if made.transforms and isinstance(self._exact, Parameters):
             raise ValueError(f"{type(made).__name__} balances gradients on the representation, not on parameters.")
         made.bind(len(self.heads))

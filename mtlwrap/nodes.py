@@ -22,7 +22,7 @@ from mtlwrap.balancers.base import Balancer
 from mtlwrap.connection import Connection, zeros_of
 from mtlwrap.exact import Exact
 from mtlwrap.factored import FactoredRows
-from mtlwrap.gradients import TaskGradients, completed, plain
+from mtlwrap.gradients import TaskGradients, completed, plain, widest
 from mtlwrap.outcome import Report
 from mtlwrap.passes import Decision, Order, Pass, graph_task_id, keeps_graph, remember
 from mtlwrap.probe import wants_the_pass
@@ -112,7 +112,7 @@ class ForkState:
         """What autograd adds up by itself; the losses' factors are the weights."""
         if running is not None:
             factors = running.order.spread(running.loss_factors, 0.0)
-            self.report.fill(None if factors is None else factors.double(), None, None)
+            self.report.fill(None if factors is None else widest(factors), None, None)
         return [*gradients, *[None] * self.num_others]
 
     def balance(self, parts: list[list[Tensor | None]], running: Pass) -> list[Tensor | None]:

@@ -23,9 +23,11 @@ class Rotations(nn.Module):
     the Cayley map, which is a rotation for every :math:`\Delta` and agrees with the exponential map to second order.
     :meth:`settle`, before each training step, moves :math:`Q_k` to where the rotation is: then :math:`\Delta` is one
     step of the optimizer and no more, and the gradient of a function f of :math:`R_k` with respect to the angles is
-    just :math:`R_k^\top \partial f / \partial R_k` minus its transpose, with no map to differentiate through. The
-    angles themselves are not touched: nothing is taken from under an optimizer, an average of weights or a sharding.
-    One Newton-Schulz step removes what rounding adds up to over a training.
+    just :math:`P = R_k^\top \partial f / \partial R_k` minus its transpose, with no map to differentiate through.
+    (Elsewhere, as in evaluation mode, where nothing is moved, P is to be replaced by
+    :math:`(I - \tfrac12 \Delta)^{-1} P \, (I - \tfrac12 \Delta)^{-\top}`.) The angles themselves are not touched:
+    nothing is taken from under an optimizer, an average of weights or a sharding. One Newton-Schulz step removes what
+    rounding adds up to over a training.
 
     Attributes:
         angles: ``[T, m (m - 1) / 2]``, learned.
@@ -64,21 +66,40 @@ class Rotations(nn.Module):
             return self._turned()
 
     def _turned(self) -> Tensor:
-        delta = self.angles.to(self.base.dtype) - self.anchor
-        # A step that long is none, and would not leave a rotation.
-        delta = delta * (_LONGEST / delta.norm(dim=1, keepdim=True).clamp(min=_LONGEST))
-        identity = torch.eye(self.size, dtype=self.base.dtype, device=self.base.device)
-        # solve_ex: without a check of the result, for which the host would have to wait. It cannot fail: the
-        # eigenvalues of I - A/2 have a real part of one.
-        solved, _ = torch.linalg.solve_ex(identity - 0.5 * self._skew(delta), self.base, left=False)
-        moved = 2.0 * solved - self.base
+        delta = self._delta()
+        moved = 2.0 * self._halfway(delta, self.base) - self.base
         moved = torch.baddbmm(moved, moved, moved.mT @ moved, beta=1.5, alpha=-0.5)
         # To the bit the same where nothing moved: several forwards to a step, a task that is absent.
         moves = (delta != 0).any(1) & moved.isfinite().all(2).all(1)
         return torch.where(moves[:, None, None], moved, self.base)
 
-    def angle_gradients(self, products: Tensor) -> Tensor:
-        r"""The gradient on the angles, for :math:`R_k^\top \partial f / \partial R_k` of shape ``[T, m, m]``."""
+    def _delta(self) -> Tensor:
+        """How far the angles are from where the base is."""
+        delta: Tensor = self.angles.to(self.base.dtype) - self.anchor
+        # A step that long is none, and would not leave a rotation.
+        bounded: Tensor = delta * (_LONGEST / delta.norm(dim=1, keepdim=True).clamp(min=_LONGEST))
+        return bounded
+
+    def _halfway(self, delta: Tensor, matrices: Tensor) -> Tensor:
+        """The matrices, times the inverse of I - A/2 from the right."""
+        identity = torch.eye(self.size, dtype=self.base.dtype, device=self.base.device)
+        # solve_ex: without a check of the result, for which the host would have to wait. It cannot fail: the
+        # eigenvalues of I - A/2 have a real part of one.
+        solved: Tensor = torch.linalg.solve_ex(identity - 0.5 * self._skew(delta), matrices, left=False).result
+        return solved
+
+    @torch.no_grad()
+    def angle_gradients(self, products: Tensor, *, at_base: bool = True) -> Tensor:
+        r"""The gradient on the angles.
+
+        Args:
+            products: :math:`R_k^\top \partial f / \partial R_k`, ``[T, m, m]``.
+            at_base: whether the rotations are where they were settled, which spares solving for the way from there.
+        """
+        if not at_base:
+            back = -self._delta()
+            # From the right, and from the left by way of the transpose.
+            products = self._halfway(back, self._halfway(back, products.to(back)).mT).mT
         rows, columns = _below_diagonal(self.size, products.device)
         return (products - products.mT)[:, rows, columns]
 

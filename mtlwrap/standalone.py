@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtlwrap.balancers.base import Balancer
+from mtlwrap.balancers.base import Balancer, check_is_balancer
+from mtlwrap.checks import is_integer
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.junction import Junction
 from mtlwrap.losses import Losses
@@ -87,9 +88,8 @@ def fork(representation: Any, balancer: Balancer, num_tasks: int, *, process_gro
         >>> shared.task_weights.shape
         torch.Size([2])
     """
-    if not isinstance(balancer, Balancer):
-        raise TypeError(f"balancer: expected a balancer of mtlwrap, got {type(balancer).__name__}.")
-    if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
+    check_is_balancer(balancer, "a balancer of mtlwrap")
+    if not is_integer(num_tasks) or num_tasks < 1:
         raise ValueError(f"num_tasks: expected a positive int, got {num_tasks!r}.")
     known = _junctions.get(balancer)
     made_for = balancer.num_tasks if known is None else len(known.tasks)

@@ -777,7 +777,7 @@ def test_fork_refuses_what_does_not_fit() -> None:
     with pytest.raises(TypeError, match="found none in a list"):
         fork([torch.arange(3)], IMTLG(), 2)
     unbound = fork(z, UW(), 2)
-    with pytest.raises(ValueError, match="UW was made without a shape"):
+    with pytest.raises(ValueError, match="UW does not know the number of tasks"):
         unbound.scalarize([unbound.aliases[0].sum(), unbound.aliases[1].sum()])
     with pytest.raises(ValueError, match="expected 2, one for each of the tasks '0', '1'"):
         unbound.scalarize([unbound.aliases[0].sum()])

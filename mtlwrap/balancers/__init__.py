@@ -43,14 +43,21 @@ __all__ = [
     "by_name",
 ]
 
+# What can be made without options, by the names that are shown; and other names for these.
 _METHODS: dict[str, type[Balancer]] = {
-    name.lower(): globals()[name]
-    for name in __all__
-    if name not in ("Balancer", "Compose", "GradientBalancer", "LossBalancer", "by_name")
+    "equal": EqualWeighting,
+    "excess-mtl": ExcessMTL,
+    "famo": FAMO,
+    "gls": GLS,
+    "grad-norm": GradNorm,
+    "imtl": IMTL,
+    "imtl-g": IMTLG,
+    "imtl-l": IMTLL,
+    "rlw": RLW,
+    "uw": UW,
 }
-
-# What tables and options like to call them.
-_SHORT = {"equal": "equalweighting", "fixed": "fixedweights"}
+_OF_OPTIONS: tuple[type[Balancer], ...] = (DWA, FixedWeights, RotateOnly, RotoGrad, RotoGradNorm)
+_OTHER_NAMES: dict[str, type[Balancer]] = {"equal-weighting": EqualWeighting, "fixed": FixedWeights, "torchjd": TorchJD}
 
 
 def by_name(name: str) -> Balancer:
@@ -63,11 +70,20 @@ def by_name(name: str) -> Balancer:
         >>> by_name("imtl-g")
         IMTLG()
     """
-    plain = name.lower().replace("-", "").replace("_", "")
-    method = _METHODS.get(_SHORT.get(plain, plain))
+    known = {_plain(key): kind for key, kind in (_METHODS | _OTHER_NAMES).items()}
+    known |= {_plain(kind.__name__): kind for kind in _OF_OPTIONS}
+    method = known.get(_plain(name))
     if method is None:
-        raise ValueError(f"balancer: no balancer is called {name!r}; known are {', '.join(sorted(_METHODS))}.")
+        objects = ", ".join(f"{kind.__name__}(...)" for kind in _OF_OPTIONS)
+        raise ValueError(
+            f"balancer: no balancer is called {name!r}; by name there are {', '.join(_METHODS)}. Those with options "
+            f"that have no default are made as objects: {objects}; so are TorchJD's: TorchJD(UPGrad())."
+        )
     try:
         return method()
     except TypeError as error:
         raise ValueError(f"balancer: {method.__name__} needs options; make it and pass the object. ({error})") from None
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")

@@ -1,5 +1,6 @@
 """The two kinds of balancer, and what the model asks of either."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
@@ -7,7 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from mtlwrap.gradients import TaskGradients
+from mtlwrap.checks import integer
+from mtlwrap.gradients import TaskGradients, widest
 from mtlwrap.state import WideBuffers
 from mtlwrap.surroundings import transforming
 
@@ -20,6 +22,10 @@ class Balancer(WideBuffers, ABC):
 
     What the user's optimizer learns is a ``Parameter``; what the balancer itself updates is a buffer; what lives for
     one step is a plain attribute.
+
+    In evaluation mode a backward pass decides as always, but no state moves: a derived class writes to its buffers only
+    if ``self.training``. Whoever trains a network in evaluation mode, for the sake of its batch statistics, calls
+    ``model.balancer.train()`` after ``model.eval()``, and the state follows.
     """
 
     num_tasks: int | None = None
@@ -30,10 +36,7 @@ class Balancer(WideBuffers, ABC):
         Raises:
             TypeError, ValueError: ``num_tasks`` is no positive int, or the balancer was made for another number.
         """
-        if isinstance(num_tasks, bool) or not isinstance(num_tasks, int):
-            raise TypeError(f"num_tasks: expected an int, got {num_tasks!r}.")
-        if num_tasks < 1:
-            raise ValueError(f"num_tasks: expected at least 1, got {num_tasks}.")
+        integer("num_tasks", num_tasks, least=1)
         if self.num_tasks is not None and self.num_tasks != num_tasks:
             raise ValueError(
                 f"{type(self).__name__} was made for {self.num_tasks} tasks, but the model has {num_tasks} heads."
@@ -47,7 +50,8 @@ class Balancer(WideBuffers, ABC):
         """Allocate state whose size the representation decides; called in each training forward. Neutral: nothing.
 
         Args:
-            representation: its tensors that carry a gradient, batch first.
+            representation: its tensors that carry a gradient, batch first; with ``gradients="parameters"`` the shared
+                parameters instead, each detached and as one row, ``[1, n]``.
 
         Raises:
             ValueError: the state has another size already.
@@ -102,7 +106,7 @@ class Balancer(WideBuffers, ABC):
 
         None says that the shared gradient is no weighting of the tasks' gradients; then :meth:`combine` makes it.
         """
-        return gradients.active.double()
+        return widest(gradients.active)
 
     def combine(self, gradients: TaskGradients) -> Tensor:
         """The shared gradient, ``[n]``, from the tasks' gradients. Override it for what is no weighting."""
@@ -172,6 +176,44 @@ class GradientBalancer(Balancer):
                 f"got a matrix of {gradients.num_tasks} rows."
             )
         return self.combine(gradients)
+
+
+def check_is_balancer(value: object, expected: str) -> None:
+    """Refuse what is no balancer, or one that is only half made.
+
+    Raises:
+        TypeError: it is.
+    """
+    if not isinstance(value, Balancer):
+        raise TypeError(f"balancer: expected {expected}, got {described(value)}.")
+    if "_parameters" not in vars(value):
+        raise TypeError(f"balancer: {type(value).__name__}.__init__ has to call super().__init__() first.")
+
+
+def described(value: object) -> str:
+    """What was given instead of a balancer, and how to make one of it."""
+    kind = value if isinstance(value, type) else type(value)
+    name, is_class = kind.__name__, kind is value
+    if kind.__module__.split(".")[0] == "torchjd":
+        return (
+            f"the class {name} of torchjd; wrap an object: TorchJD({name}(...))"
+            if is_class
+            else (f"{name} of torchjd; wrap it: TorchJD(...)")
+        )
+    if not is_class:
+        return name
+    if not issubclass(kind, Balancer) or inspect.isabstract(kind):
+        return f"the class {name}"
+    needs = any(p.default is p.empty for p in inspect.signature(kind).parameters.values())
+    return f"the class {name}; make one: {name}({'...' if needs else ''})"
+
+
+def unbound(balancer: Balancer) -> ValueError:
+    """The error of one that is used before it knows the number of tasks."""
+    return ValueError(
+        f"{type(balancer).__name__} does not know the number of tasks: hand it to a MultiTaskModel, or call "
+        "bind(num_tasks)."
+    )
 
 
 def constant(values: tuple[float, ...], like: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtlwrap.balancers.base import Balancer, GradientBalancer, LossBalancer
+from mtlwrap.balancers.base import Balancer, GradientBalancer, LossBalancer, described
 from mtlwrap.balancers.equal import EqualWeighting
 from mtlwrap.gradients import TaskGradients
 
@@ -22,7 +22,7 @@ class Compose(Balancer):
         gradient: a :class:`GradientBalancer`; None adds the gradients up.
 
     Raises:
-        TypeError: a part is not of its kind, or ``gradient`` scales the losses too.
+        TypeError: a part is not of its kind, ``loss`` weighs gradients too, or ``gradient`` scales the losses.
         ValueError: the parts were made for different numbers of tasks.
 
     Example:
@@ -41,7 +41,9 @@ class Compose(Balancer):
         super().__init__()
         for name, part, kind in (("loss", loss, LossBalancer), ("gradient", gradient, GradientBalancer)):
             if part is not None and not isinstance(part, kind):
-                raise TypeError(f"{name}: expected a {kind.__name__} or None, got {type(part).__name__}.")
+                raise TypeError(f"{name}: expected a {kind.__name__} or None, got {described(part)}.")
+        if loss is not None and loss.sees_gradients:
+            raise TypeError(f"loss: {loss!r} weighs the gradients itself, so it stands alone.")
         if gradient is not None and gradient.scales_losses:
             raise TypeError(f"gradient: {gradient!r} scales the losses itself, so it stands alone.")
         self.loss = EqualWeighting() if loss is None else loss

@@ -1,6 +1,5 @@
 """DWA, dynamic weight average."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from mtlwrap.balancers.base import select
 from mtlwrap.balancers.loss_state import LossStateBalancer, learns, wide, write
+from mtlwrap.checks import integer, positive
 
 
 class DWA(LossStateBalancer):
@@ -37,8 +37,7 @@ class DWA(LossStateBalancer):
       rest. So it is where the older average is zero, where the formula has no value.
 
     Losses should be positive: the ratio of losses around zero says nothing. A step with a loss that is not finite is
-    not counted. In a distributed training each process averages its own batches; DDP's ``broadcast_buffers`` hands
-    around those of the first.
+    not counted. In a distributed training every process averages the same losses, the means over all of them.
 
     Args:
         steps_per_epoch: over how many training steps a loss is averaged, at least 1.
@@ -67,17 +66,9 @@ class DWA(LossStateBalancer):
     averages: Tensor
 
     def __init__(self, steps_per_epoch: int, temperature: float = 2.0, *, num_tasks: int | None = None) -> None:
-        if isinstance(steps_per_epoch, bool) or not isinstance(steps_per_epoch, int):
-            raise TypeError(f"steps_per_epoch: expected an int, got {steps_per_epoch!r}.")
-        if steps_per_epoch < 1:
-            raise ValueError(f"steps_per_epoch: expected at least 1, got {steps_per_epoch}.")
-        if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-            raise TypeError(f"temperature: expected a number, got {temperature!r}.")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature: expected a positive finite number, got {temperature}.")
         super().__init__(num_tasks)
-        self.steps_per_epoch = steps_per_epoch
-        self.temperature = float(temperature)
+        self.steps_per_epoch = integer("steps_per_epoch", steps_per_epoch, least=1)
+        self.temperature = positive("temperature", temperature)
 
     def reset(self) -> None:
         """No step seen, no average known."""

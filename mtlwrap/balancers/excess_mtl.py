@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mtlwrap.balancers.base import GradientBalancer
+from mtlwrap.checks import integer, positive
 from mtlwrap.gradients import TaskGradients, num_features
 
 # Entries of [T, features] that are worked on at once: what is larger is done task by task, to save memory.
@@ -45,17 +46,18 @@ class ExcessMTL(GradientBalancer):
     length of the training. Of two tasks with constant gradients, one that halved after the first call, that one's
     weight is
 
-    ===============  =========  ===========  ============
-    step size        100 steps  1,000 steps  10,000 steps
-    ===============  =========  ===========  ============
-    1 (the default)  7e-5       3e-14        5e-44
-    0.1              0.28       0.04         5e-5
-    0.01             0.48       0.42         0.27
-    ===============  =========  ===========  ============
+    ==================  =========  ===========  ============
+    step size           100 steps  1,000 steps  10,000 steps
+    ==================  =========  ===========  ============
+    1                   7e-5       3e-14        5e-44
+    0.1                 0.28       0.04         5e-5
+    0.01 (the default)  0.48       0.42         0.27
+    ==================  =========  ===========  ============
 
-    **Take 0.01**, as the official code does, for more than a few hundred steps, and a baseline from more than one
-    batch, say ``n_warmup_steps=50``: with one the chance of the first batch stays in the weights for good, and one task
-    may end up with all of it. The state holds logarithms, so that a weight can come back from anywhere.
+    The default is the official code's; TorchJD's is 1, which leaves one task nearly everything within a few hundred
+    steps. Take a baseline from more than one batch, say ``n_warmup_steps=50``: with one the noise of the first batch
+    stays in the weights for good, and one task may end up with all of it. The state holds logarithms, so that a weight
+    can come back from anywhere.
 
     Args:
         robust_step_size: :math:`\eta > 0`.
@@ -65,7 +67,8 @@ class ExcessMTL(GradientBalancer):
         feature_dim: the one dimension of the representation whose entries are the features; gradients are summed over
             all others. None for all dimensions but the first, the batch. Give it where image size or sequence length
             vary (1 for the channels of a convolutional map, -1 for the width of a transformer), or where all
-            positions are too many. It holds for every tensor in the representation.
+            positions are too many. It holds for every tensor in the representation. Gradients on parameters, and a
+            matrix, have no such dimensions: there each entry is a feature, whatever this says.
 
     Raises:
         TypeError, ValueError: an argument is not of the stated kind or range; in use, the number of features changed.
@@ -86,13 +89,11 @@ class ExcessMTL(GradientBalancer):
     sizes: Tensor
     squared_gradients: Tensor
 
-    def __init__(self, robust_step_size: float = 1.0, n_warmup_steps: int = 0, feature_dim: int | None = None) -> None:
+    def __init__(self, robust_step_size: float = 0.01, n_warmup_steps: int = 0, feature_dim: int | None = None) -> None:
         super().__init__()
-        self.robust_step_size = _checked_step_size(robust_step_size)
-        self.n_warmup_steps = _checked_int("n_warmup_steps", n_warmup_steps)
-        if self.n_warmup_steps < 0:
-            raise ValueError(f"n_warmup_steps: expected at least 0, got {n_warmup_steps}.")
-        self.feature_dim = None if feature_dim is None else _checked_int("feature_dim", feature_dim)
+        self.robust_step_size = positive("robust_step_size", robust_step_size)
+        self.n_warmup_steps = integer("n_warmup_steps", n_warmup_steps, least=0)
+        self.feature_dim = None if feature_dim is None else integer("feature_dim", feature_dim)
         # log_weights [T]; baseline [T], the average so far, and baseline_calls [T], over how many calls; sizes [T], the
         # largest entry of each task's first gradient, the unit of all that follows, so that squares neither overflow
         # nor vanish; squared_gradients [T, features], S.
@@ -117,11 +118,29 @@ class ExcessMTL(GradientBalancer):
         """See :meth:`Balancer.prepare`."""
         if self.num_tasks is not None:
             first = representation[0]
-            features = sum(num_features(tensor.shape, tensor.dtype, self.feature_dim) for tensor in representation)
+            features = sum(map(self._features, representation))
             self._fit(self.num_tasks, features, first.dtype, first.device)
 
     def weigh(self, gradients: TaskGradients) -> Tensor:
-        """The weights, and an update of the state; see :meth:`Balancer.weigh`."""
+        """The weights, and in training an update of the state; see :meth:`Balancer.weigh`."""
+        if self.training:
+            return self._step(gradients)
+        kept = {name: getattr(self, name) for name in _STATE}
+        try:
+            for name, state in kept.items():
+                setattr(self, name, state.clone())
+            return self._step(gradients)
+        finally:
+            for name, state in kept.items():
+                setattr(self, name, state)
+
+    def extra_repr(self) -> str:
+        """The options."""
+        feature_dim = "" if self.feature_dim is None else f", feature_dim={self.feature_dim}"
+        return f"robust_step_size={self.robust_step_size:g}, n_warmup_steps={self.n_warmup_steps}{feature_dim}"
+
+    def _step(self, gradients: TaskGradients) -> Tensor:
+        """The weights, and an update of the state."""
         features = gradients.num_features(self.feature_dim)
         self._fit(gradients.num_tasks, features, gradients.precision, gradients.active.device)
         blocks = self._blocks()
@@ -145,10 +164,11 @@ class ExcessMTL(GradientBalancer):
         self.log_weights.copy_(torch.where(moving, grown - shift, self.log_weights))
         return torch.where(gradients.active, self.log_weights.exp(), 0.0)
 
-    def extra_repr(self) -> str:
-        """The options."""
-        feature_dim = "" if self.feature_dim is None else f", feature_dim={self.feature_dim}"
-        return f"robust_step_size={self.robust_step_size:g}, n_warmup_steps={self.n_warmup_steps}{feature_dim}"
+    def _features(self, tensor: Tensor) -> int:
+        # A parameter comes as a detached row: all of it are features, as in its gradient.
+        if tensor.dim() == 2 and len(tensor) == 1 and not tensor.requires_grad:
+            return num_features(tensor.shape, tensor.dtype, None)
+        return num_features(tensor.shape, tensor.dtype, self.feature_dim)
 
     def _take_baseline(self, excess: Tensor, active: Tensor) -> Tensor:
         """Average each task's first excess risks into its baseline; which tasks had theirs before this call."""
@@ -232,17 +252,3 @@ def _excess(squared_gradients: Tensor, squares: Tensor) -> Tensor:
 def _log_total(logarithms: Tensor, chosen: Tensor) -> Tensor:
     """The logarithm of the sum of what is chosen."""
     return torch.where(chosen, logarithms, -torch.inf).logsumexp(0)
-
-
-def _checked_step_size(robust_step_size: float) -> float:
-    if isinstance(robust_step_size, bool) or not isinstance(robust_step_size, int | float):
-        raise TypeError(f"robust_step_size: expected a number, got {robust_step_size!r}.")
-    if not 0 < robust_step_size < math.inf:
-        raise ValueError(f"robust_step_size: expected a positive finite number, got {robust_step_size}.")
-    return float(robust_step_size)
-
-
-def _checked_int(name: str, number: int) -> int:
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"{name}: expected an int, got {number!r}.")
-    return number

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mtlwrap.balancers.base import constant, select
 from mtlwrap.balancers.loss_state import LossStateBalancer, learns, wide, write
+from mtlwrap.checks import at_least_zero, one_or_each
 
 # What the official code adds to a loss before its logarithm.
 _EPSILON = 1e-8
@@ -78,17 +79,13 @@ class FAMO(LossStateBalancer):
     def __init__(
         self, num_tasks: int | None = None, *, gamma: float = 0.01, min_losses: float | Sequence[float] = 0.0
     ) -> None:
-        if isinstance(gamma, bool) or not isinstance(gamma, int | float):
-            raise TypeError(f"gamma: expected a number, got {gamma!r}.")
-        if not 0 <= gamma < math.inf:
-            raise ValueError(f"gamma: expected a finite number of at least 0, got {gamma}.")
         bounds = _checked_bounds(min_losses)
         super().__init__(num_tasks)
         if isinstance(bounds, tuple) and num_tasks is None:
             self.bind(len(bounds))
         if isinstance(bounds, tuple) and len(bounds) != self.num_tasks:
             raise ValueError(f"min_losses: expected one number, or {num_tasks}, got {len(bounds)}.")
-        self.gamma = float(gamma)
+        self.gamma = at_least_zero("gamma", gamma)
         self.min_losses = bounds
 
     def reset(self) -> None:
@@ -142,13 +139,8 @@ class FAMO(LossStateBalancer):
 
 
 def _checked_bounds(min_losses: float | Sequence[float]) -> float | tuple[float, ...]:
-    given = min_losses.tolist() if isinstance(min_losses, Tensor) else min_losses
-    bounds = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-    if not bounds:
-        raise ValueError("min_losses: expected one number, or one per task, got none.")
-    for bound in bounds:
-        if isinstance(bound, bool) or not isinstance(bound, int | float):
-            raise TypeError(f"min_losses: expected a number, or one per task, got {min_losses!r}.")
+    bounds = one_or_each("min_losses", min_losses)
+    for bound in bounds if isinstance(bounds, list) else [bounds]:
         if not math.isfinite(bound):
             raise ValueError(f"min_losses: expected finite numbers, got {bound}.")
-    return tuple(map(float, bounds)) if isinstance(given, Sequence) else float(bounds[0])
+    return tuple(bounds) if isinstance(bounds, list) else bounds

@@ -10,7 +10,7 @@ from mtlwrap.gradients import TaskGradients
 
 
 class FirstLosses(nn.Module):
-    """Remembers, for each task, the size of its first loss that is not zero.
+    """Remembers, for each task, the size of its first loss that is not zero. In evaluation mode nothing is kept.
 
     Attributes:
         values: ``[T]``, without the sign; 0 where there is none yet.
@@ -37,9 +37,11 @@ class FirstLosses(nn.Module):
         values = self._with(losses, select(self.values, tasks), select(self.calls, tasks))
         return torch.where(values == 0, 1.0, values).to(losses.device)
 
-    def known(self) -> Tensor:
-        """The first losses after :meth:`take`; 1 where there is none."""
-        return torch.where(self.values == 0, 1.0, self.values)
+    def after(self, gradients: TaskGradients) -> Tensor:
+        """The first losses after :meth:`take`, those of this very step where they are; 1 where there is none."""
+        # What was kept has these among them, and after a burn-in's last step that could not be told again.
+        values = self.values if self.training else self._seen(gradients)[0]
+        return torch.where(values == 0, 1.0, values).to(gradients.losses)
 
     def take(self, gradients: TaskGradients) -> Tensor:
         """Count a step and keep its losses where they are the first, unless it is not finite.
@@ -47,14 +49,27 @@ class FirstLosses(nn.Module):
         Returns:
             for each task, whether its burn-in ends with this step.
         """
-        if len(self.calls) == 0:
-            self.allocate(gradients.num_tasks)
-        values = self._with(gradients.losses, self.values, self.calls)
-        counts = (gradients.active & gradients.finite).to(self.calls.device)
-        again = counts & self._burnt_in(self.calls)
-        self.values.copy_(torch.where(counts & values.isfinite(), values, self.values))
-        self.calls.add_(counts)
+        values, counts, again = self._seen(gradients)
+        if self.training:
+            if len(self.calls) == 0:
+                self.allocate(gradients.num_tasks)
+            self.values.copy_(values)
+            self.calls.add_(counts)
         return again
+
+    def _seen(self, gradients: TaskGradients) -> tuple[Tensor, Tensor, Tensor]:
+        """The first losses with those of a step, which tasks it counts for, and for which the burn-in ends with it."""
+        known, calls = self.values, self.calls
+        if len(calls) not in (0, gradients.num_tasks):
+            raise ValueError(
+                f"matrix: expected a row for each of {len(calls)} tasks, as before, got {gradients.num_tasks}; reset() "
+                "starts afresh."
+            )
+        if len(calls) == 0:
+            known = calls = torch.zeros(gradients.num_tasks, dtype=known.dtype, device=known.device)
+        values = self._with(gradients.losses, known, calls)
+        counts = (gradients.active & gradients.finite).to(calls.device)
+        return torch.where(counts & values.isfinite(), values, known), counts, counts & self._burnt_in(calls)
 
     def _with(self, losses: Tensor, values: Tensor, calls: Tensor) -> Tensor:
         sizes = losses.detach().abs().to(values)

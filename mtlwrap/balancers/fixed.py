@@ -1,11 +1,11 @@
 """Fixed weights, chosen by hand."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
 from mtlwrap.balancers.base import LossBalancer, constant, select
+from mtlwrap.checks import at_least_zero, ordered
 
 
 class FixedWeights(LossBalancer):
@@ -30,18 +30,11 @@ class FixedWeights(LossBalancer):
 
     def __init__(self, weights: Iterable[float]) -> None:
         super().__init__()
-        if not isinstance(weights, Iterable) or (isinstance(weights, Tensor) and weights.dim() != 1):
-            raise TypeError(f"weights: expected a sequence of numbers, one per task, got {weights!r}.")
-        given = weights.tolist() if isinstance(weights, Tensor) else list(weights)
-        for task, weight in enumerate(given):
-            if isinstance(weight, bool) or not isinstance(weight, int | float):
-                raise TypeError(f"weights[{task}]: expected a number, got {type(weight).__name__}.")
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"weights[{task}]: expected a finite number of at least 0, got {weight}.")
+        given = ordered("weights", weights, "numbers")
         if not given:
             raise ValueError("weights: expected one number per task, got none.")
         self.num_tasks = len(given)
-        self.weights = tuple(float(weight) for weight in given)
+        self.weights = tuple(at_least_zero(f"weights[{task}]", weight) for task, weight in enumerate(given))
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:  # noqa: D102 - see the base
         weights = select(constant(self.weights, losses), tasks)

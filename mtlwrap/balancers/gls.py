@@ -1,6 +1,5 @@
 """GLS, the geometric loss strategy."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from mtlwrap.balancers.base import LossBalancer
 from mtlwrap.balancers.loss_state import wide
+from mtlwrap.checks import positive
 
 
 class GLS(LossBalancer):
@@ -52,11 +52,7 @@ class GLS(LossBalancer):
 
     def __init__(self, floor: float = 1e-8) -> None:
         super().__init__()
-        if isinstance(floor, bool) or not isinstance(floor, int | float):
-            raise TypeError(f"floor: expected a number, got {floor!r}.")
-        if not 0 < floor < math.inf:
-            raise ValueError(f"floor: expected a positive finite number, got {floor}.")
-        self.floor = float(floor)
+        self.floor = positive("floor", floor)
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:  # noqa: D102 - see the base
         values = wide(losses)

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mtlwrap.balancers.base import GradientBalancer, constant, select
+from mtlwrap.balancers.base import GradientBalancer, constant, select, unbound
 from mtlwrap.balancers.first_losses import FirstLosses
-from mtlwrap.gradients import TaskGradients
+from mtlwrap.balancers.norm_objective import logit_gradients, pulls, relative_rates
+from mtlwrap.checks import at_least_zero, is_number, ordered
+from mtlwrap.gradients import TaskGradients, widest
 
 
 class GradNorm(GradientBalancer):
@@ -59,7 +61,7 @@ class GradNorm(GradientBalancer):
 
     def __init__(self, alpha: float = 1.5, initial_losses: Sequence[float] | None = None) -> None:
         super().__init__()
-        self.alpha = checked_alpha(alpha)
+        self.alpha = at_least_zero("alpha", alpha)
         self.initial_losses = None if initial_losses is None else _checked_losses(initial_losses)
         self.first_losses = FirstLosses()
         self.register_parameter("logits", None)
@@ -81,7 +83,13 @@ class GradNorm(GradientBalancer):
                 self.logits.zero_()
 
     def weights(self, tasks: Sequence[int] | None = None) -> Tensor:
-        """The weights of these tasks, ``[len(tasks)]``, detached; they sum to their number."""
+        """The weights of these tasks, ``[len(tasks)]``, detached; they sum to their number.
+
+        Raises:
+            ValueError: the number of tasks is not known yet.
+        """
+        if self.logits is None:
+            raise unbound(self)
         logits = select(self.logits.detach(), tasks)
         return len(logits) * logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(0)
 
@@ -92,19 +100,17 @@ class GradNorm(GradientBalancer):
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """The weighted sum of the losses."""
-        if self.logits is None:
-            raise ValueError("GradNorm does not know the number of tasks: hand it to a MultiTaskModel, or call bind.")
         return (losses * self.weights(tasks).to(losses.device)).sum()
 
     def weigh(self, gradients: TaskGradients) -> Tensor:
         """One for each task that takes part, as the losses are weighted; see :meth:`Balancer.weigh`."""
         self.first_losses.take(gradients)
-        return gradients.active.double()
+        return widest(gradients.active)
 
     def own_gradients(self, gradients: TaskGradients) -> dict[str, Tensor]:
         """The gradient of the objective on the logits of the weights; zero for a task that takes no part."""
         count = gradients.active.sum()
-        progress = gradients.losses / self._initial(gradients.losses)
+        progress = gradients.losses / self._initial(gradients)
         pull = pulls(gradients.norms, gradients.norms.sum() / count, relative_rates(progress, gradients, self.alpha))
         return {"logits": logit_gradients(pull, self.logits, gradients)}
 
@@ -113,42 +119,16 @@ class GradNorm(GradientBalancer):
         known = "" if self.initial_losses is None else f", initial_losses={self.initial_losses}"
         return f"alpha={self.alpha:g}{known}"
 
-    def _initial(self, losses: Tensor) -> Tensor:
+    def _initial(self, gradients: TaskGradients) -> Tensor:
         if self.initial_losses is not None:
-            return constant(tuple(self.initial_losses), losses)
-        return self.first_losses.known().to(losses)
-
-
-def relative_rates(progress: Tensor, gradients: TaskGradients, alpha: float) -> Tensor:
-    r"""The relative inverse training rates :math:`r^\alpha`, ``[T]``: progress over its mean; 1 where all are 0."""
-    active = gradients.active
-    progress = torch.where(active, progress.to(gradients.norms).clamp(min=0.0), 0.0)
-    mean = progress.sum() / active.sum()
-    return torch.where(mean > 0, progress / torch.where(mean > 0, mean, 1.0), 1.0) ** alpha
-
-
-def pulls(norms: Tensor, reference: Tensor, rates: Tensor) -> Tensor:
-    r"""The derivative of :math:`|G_k - \text{target}_k|` by :math:`\log w_k`, ``[T]``, with the target constant."""
-    return torch.sign(norms - reference * rates) * norms
-
-
-def logit_gradients(pull: Tensor, logits: Tensor, gradients: TaskGradients) -> Tensor:
-    r"""From derivatives by :math:`\log w` to those by p, where :math:`w \propto \operatorname{softmax}(p)`."""
-    masked = torch.where(gradients.active, logits.detach().to(pull), -torch.inf)
-    return torch.where(gradients.active, pull - masked.softmax(0) * pull.sum(), 0.0).to(logits)
-
-
-def checked_alpha(alpha: float) -> float:
-    """Alpha, if it is a finite number of at least zero."""
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise TypeError(f"alpha: expected a number, got {alpha!r}.")
-    if not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha: expected a finite number of at least 0, got {alpha}.")
-    return float(alpha)
+            return constant(tuple(self.initial_losses), gradients.losses)
+        return self.first_losses.after(gradients)
 
 
 def _checked_losses(losses: Sequence[float]) -> list[float]:
-    values = [float(loss) for loss in losses]
+    values = ordered("initial_losses", losses, "numbers")
+    if not all(map(is_number, values)):
+        raise TypeError(f"initial_losses: expected a sequence of numbers, one per task, got {losses!r}.")
     if not values or not all(0 < value < math.inf for value in values):
-        raise ValueError(f"initial_losses: expected one positive finite number per task, got {list(losses)}.")
-    return values
+        raise ValueError(f"initial_losses: expected one positive finite number per task, got {values}.")
+    return list(map(float, values))

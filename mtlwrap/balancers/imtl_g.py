@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mtlwrap.balancers.base import GradientBalancer
+from mtlwrap.checks import flag
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.min_norm import min_norm_weights
 
@@ -48,7 +49,7 @@ class IMTLG(GradientBalancer):
         strict: the paper to the letter, :math:`\alpha = v / \sum v`, ascent and explosion included.
 
     Raises:
-        ValueError: both ``nonneg`` and ``strict`` are set.
+        TypeError, ValueError: an option is no bool, or both are set.
 
     Shape:
         alone, ``matrix``: ``[T, n]``, a task's gradient per row; the result is ``[n]``.
@@ -61,10 +62,10 @@ class IMTLG(GradientBalancer):
 
     def __init__(self, *, nonneg: bool = False, strict: bool = False) -> None:
         super().__init__()
+        self.nonneg = flag("nonneg", nonneg)
+        self.strict = flag("strict", strict)
         if nonneg and strict:
             raise ValueError("nonneg and strict exclude each other: the paper's weights may be negative.")
-        self.nonneg = nonneg
-        self.strict = strict
 
     def weigh(self, gradients: TaskGradients) -> Tensor:  # noqa: D102 - see the base
         norms = gradients.norms

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mtlwrap.balancers.base import LossBalancer, select
+from mtlwrap.balancers.base import LossBalancer, select, unbound
 from mtlwrap.balancers.loss_state import learns, wide, write
+from mtlwrap.checks import integer, is_integer, one_or_each, positive
 
 # What a log-scale may start at: numbers, or what fits the first losses, by this name.
 FIRST_LOSSES = "first_losses"
@@ -41,14 +42,14 @@ class LogScaleBalancer(LossBalancer):
 
     def __init__(self, shape: int | Sequence[int] | None, init: Init, bound: float) -> None:
         super().__init__()
-        if not (isinstance(bound, int | float) and math.isfinite(bound) and bound > 0):
-            raise ValueError(f"bound: expected a positive finite number, got {bound!r}.")
-        self.bound = float(bound)
+        self.bound = positive("bound", bound)
         self._follows_losses = isinstance(init, str) and init == FIRST_LOSSES
         self._init = _checked_init(0.0 if self._follows_losses else init, self.bound)
         self.shape = _checked_shape(shape)
+        # The option that says how many tasks there are.
+        self._sized_by = "shape"
         if self.shape is None and isinstance(self._init, list):
-            self.shape = (len(self._init),)
+            self.shape, self._sized_by = (len(self._init),), "init"
         self.register_parameter(self._parameter, None)
         self.register_buffer("start", None)
         if self.shape is not None:
@@ -58,13 +59,17 @@ class LogScaleBalancer(LossBalancer):
 
     def bind(self, num_tasks: int) -> None:
         """See :meth:`Balancer.bind`; a balancer that was made without a shape gets its parameter here."""
+        integer("num_tasks", num_tasks, least=1)
         if self.shape is None:
             self.shape = (num_tasks,)
             self._allocate()
         elif self.shape != (num_tasks,):
+            right = f"the shape {num_tasks}, or none at all"
+            if self._sized_by != "shape":
+                right = f"{self._sized_by} with one entry, or with {num_tasks}"
             raise ValueError(
                 f"{type(self).__name__} was made for values of shape {self.shape}, but the model has {num_tasks} "
-                f"heads; expected the shape {num_tasks}, or none at all."
+                f"heads; expected {right}."
             )
         super().bind(num_tasks)
 
@@ -111,10 +116,7 @@ class LogScaleBalancer(LossBalancer):
         """
         parameter = self._parameters[self._parameter]
         if parameter is None:
-            raise ValueError(
-                f"{type(self).__name__} was made without a shape. Give it one, {type(self).__name__}(shape), or hand "
-                "it to a MultiTaskModel, which tells it the number of tasks."
-            )
+            raise unbound(self)
         chosen = select(parameter, tasks)
         if losses.shape != chosen.shape:
             raise ValueError(
@@ -146,7 +148,7 @@ class LogScaleBalancer(LossBalancer):
 
     def _initial(self) -> Tensor:
         if self.shape is None:
-            raise ValueError(f"{type(self).__name__} was made without a shape.")
+            raise unbound(self)
         if not isinstance(self._init, list):
             return torch.full(self.shape, self._init)
         if math.prod(self.shape) != len(self._init):
@@ -191,7 +193,7 @@ def _checked_shape(shape: int | Sequence[int] | None) -> tuple[int, ...] | None:
         raise TypeError(f"shape: expected an int or a sequence of ints, got {shape!r}.")
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     for size in sizes:
-        if isinstance(size, bool) or not isinstance(size, int):
+        if not is_integer(size):
             raise TypeError(f"shape: expected an int or a sequence of ints, got {shape!r}.")
         if size < 1:
             raise ValueError(f"shape: expected sizes of at least 1, got {shape!r}.")
@@ -201,13 +203,8 @@ def _checked_shape(shape: int | Sequence[int] | None) -> tuple[int, ...] | None:
 def _checked_init(init: Init, bound: float) -> float | list[float]:
     if init is None:
         return 0.0
-    given = init.tolist() if isinstance(init, Tensor) else init
-    values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-    if not values:
-        raise ValueError("init: expected one number, or one per task, got none.")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"init: expected a number, one per task, or {FIRST_LOSSES!r}, got {init!r}.")
+    values = one_or_each("init", init, f"a number, one per task, or {FIRST_LOSSES!r}")
+    for value in values if isinstance(values, list) else [values]:
         if not abs(value) <= bound:
             raise ValueError(f"init: expected log-scales within [-{bound:g}, {bound:g}], got {value}.")
-    return [float(value) for value in values] if isinstance(given, Sequence) else float(values[0])
+    return values

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtlwrap.balancers.base import LossBalancer
+from mtlwrap.balancers.base import LossBalancer, unbound
 from mtlwrap.surroundings import transforming
 
 
@@ -38,10 +38,7 @@ class LossStateBalancer(LossBalancer):
         """Refuse losses that are not one for each task that takes part."""
         name = type(self).__name__
         if self.num_tasks is None:
-            raise ValueError(
-                f"{name} was made without a number of tasks. Give it one, num_tasks=..., or hand it to a "
-                "MultiTaskModel, which tells it."
-            )
+            raise unbound(self)
         expected = (self.num_tasks if tasks is None else len(tasks),)
         if losses.shape != expected:
             raise ValueError(f"{name}: expected values of shape {expected}, got {tuple(losses.shape)}.")

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mtlwrap.balancers.base import LossBalancer, select
 from mtlwrap.balancers.loss_state import learns, wide
+from mtlwrap.checks import integer, positive
+from mtlwrap.gradients import widest_dtype
 
 _BITS = (1 << 64) - 1
 # The constants of splitmix64: how far apart the counters are, and the two factors of its finalizer, as Stafford's
@@ -58,16 +60,10 @@ class RLW(LossBalancer):
 
     def __init__(self, seed: int = 0, std: float = 1.0) -> None:
         super().__init__()
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed: expected an int, got {seed!r}.")
+        self.seed = integer("seed", seed)
         if not 0 <= seed <= _BITS:
             raise ValueError(f"seed: expected at least 0 and less than 2**64, got {seed}.")
-        if isinstance(std, bool) or not isinstance(std, int | float):
-            raise TypeError(f"std: expected a number, got {std!r}.")
-        if not 0 < std < math.inf:
-            raise ValueError(f"std: expected a positive finite number, got {std}.")
-        self.seed = seed
-        self.std = float(std)
+        self.std = positive("std", std)
         with torch.inference_mode(False):
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
@@ -85,7 +81,7 @@ class RLW(LossBalancer):
         return (weights * values).sum()
 
     def _normals(self, values: Tensor, tasks: Sequence[int] | None) -> Tensor:
-        """A standard normal number for each value, in float64, for the present step."""
+        """A standard normal number for each value, as wide as the device has it, for the present step."""
         count = values.shape[0] if tasks is None else 1 + max(tasks, default=-1)
         # (2 t + 2) gamma for task t, wrapping around; not from arange, whose products inductor refuses to wrap.
         gammas = torch.full((count,), _signed(2 * _GAMMA & _BITS), dtype=torch.int64, device=values.device)
@@ -127,5 +123,7 @@ def _signed(bits: int) -> int:
 
 
 def _uniform(bits: Tensor) -> Tensor:
-    """The upper 53 bits as a number in [0, 1)."""
-    return _shifted(bits, 11).double() * 2.0**-53
+    """The upper bits as a number in [0, 1), as many as it can hold without rounding."""
+    dtype = widest_dtype(bits.device)
+    kept = 53 if dtype == torch.float64 else 24
+    return _shifted(bits, 64 - kept).to(dtype) * 2.0**-kept

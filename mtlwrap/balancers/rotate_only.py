@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtlwrap.balancers.base import GradientBalancer
+from mtlwrap.balancers.base import GradientBalancer, unbound
 from mtlwrap.balancers.first_losses import FirstLosses
-from mtlwrap.gradients import TaskGradients
+from mtlwrap.checks import flag, integer, is_integer
+from mtlwrap.gradients import TaskGradients, widest
 from mtlwrap.rotations import Rotations
 
 
@@ -83,14 +84,12 @@ class RotateOnly(GradientBalancer):
         if not self.rotation_shape:
             raise ValueError("rotation_shape: expected at least one dimension, got none.")
         self.post_shape = _checked_shape("post_shape", post_shape)
-        if isinstance(burn_in_period, bool) or not isinstance(burn_in_period, int):
-            raise TypeError(f"burn_in_period: expected an int, got {burn_in_period!r}.")
-        if burn_in_period < 0:
-            raise ValueError(f"burn_in_period: expected at least 0, got {burn_in_period}.")
-        self.normalize_losses = bool(normalize_losses)
-        self.burn_in_period = burn_in_period
+        self.normalize_losses = flag("normalize_losses", normalize_losses)
+        self.burn_in_period = integer("burn_in_period", burn_in_period, least=0)
         self.rotations = None
+        # Whether the next transform is of the forward that settled the rotations, and whether the last one was.
         self._settled = False
+        self._at_base = True
         self.first_losses = FirstLosses(burn_in_period)
 
     def bind(self, num_tasks: int) -> None:
@@ -121,12 +120,12 @@ class RotateOnly(GradientBalancer):
     def transform(self, tensors: Sequence[Tensor], tasks: Sequence[int]) -> list[Tensor]:
         """The rotated representation of each task."""
         if self.rotations is None:
-            raise ValueError(f"{type(self).__name__} does not know the number of tasks: call bind(num_tasks) first.")
+            raise unbound(self)
         self._check(tensors[0])
         # Only right after prepare is the base where the optimizer has taken the rotations. A copy, for the next step
         # writes there, perhaps before this one has run backward.
         matrices = self.rotations.base.clone() if self._settled else self.rotations.matrices()
-        self._settled = False
+        self._at_base, self._settled = self._settled, False
         return [self._rotated(tensor, matrices[task]) for tensor, task in zip(tensors, tasks, strict=True)]
 
     @property
@@ -141,7 +140,7 @@ class RotateOnly(GradientBalancer):
     def weigh(self, gradients: TaskGradients) -> Tensor:
         """One for each task that takes part; see :meth:`Balancer.weigh`."""
         self.first_losses.take(gradients)
-        return gradients.active.double()
+        return widest(gradients.active)
 
     def own_gradients(self, gradients: TaskGradients) -> dict[str, Tensor]:
         """The gradient of the rotation objective on the angles; zero for a task that takes no part."""
@@ -154,7 +153,8 @@ class RotateOnly(GradientBalancer):
             if gradient is not None:
                 products[task] = torch.einsum("bip,bjp->ij", self._planar(gradient), pull)
         products = gradients.pooled(products)
-        return {"rotations.angles": self.rotations.angle_gradients(-2.0 * products).to(self.rotations.angles.dtype)}
+        on_angles = self.rotations.angle_gradients(-2.0 * products, at_base=self._at_base)
+        return {"rotations.angles": on_angles.to(self.rotations.angles.dtype)}
 
     def extra_repr(self) -> str:
         """The options that are set."""
@@ -219,7 +219,7 @@ class RotateOnly(GradientBalancer):
 
 def _checked_shape(name: str, shape: int | Sequence[int]) -> tuple[int, ...]:
     sizes = (shape,) if isinstance(shape, int) else shape
-    if not isinstance(sizes, Sequence) or any(isinstance(s, bool) or not isinstance(s, int) for s in sizes):
+    if not isinstance(sizes, Sequence) or not all(map(is_integer, sizes)):
         raise TypeError(f"{name}: expected an int or a sequence of ints, got {shape!r}.")
     if any(size < 1 for size in sizes):
         raise ValueError(f"{name}: expected sizes of at least 1, got {shape!r}.")

@@ -60,20 +60,24 @@ class RotoGrad(RotateOnly):
         """The weights, C over the norm of each gradient, and an update of the state; see :meth:`Balancer.weigh`."""
         norms = gradients.norms
         again = self.first_losses.take(gradients)
-        self._take_norms(norms, again)
-        initial = self.initial_norms.to(norms)
+        initial = self._take_norms(norms, again).to(norms)
         ratios = torch.where(initial > 0, norms / torch.where(initial > 0, initial, 1.0), 0.0)
         total = ratios.sum()
         size = (ratios * norms).sum() / torch.where(total > 0, total, 1.0)
         weights = torch.where(norms > 0, size / torch.where(norms > 0, norms, 1.0), 0.0)
         return torch.where(gradients.finite, weights, torch.nan)
 
-    def _take_norms(self, norms: Tensor, again: Tensor) -> None:
-        if len(self.initial_norms) == 0:
-            self.initial_norms = torch.zeros_like(self.first_losses.values)
-        norms = norms.to(self.initial_norms)
-        fresh = norms.isfinite().all() & ((self.initial_norms == 0) | again) & (norms > 0)
-        self.initial_norms.copy_(torch.where(fresh, norms, self.initial_norms))
+    def _take_norms(self, norms: Tensor, again: Tensor) -> Tensor:
+        """The first norms, with these where they are the first; they are kept in training."""
+        known = self.initial_norms
+        if len(known) == 0:
+            known = known.new_zeros(len(norms))
+        norms = norms.to(known)
+        fresh = norms.isfinite().all() & ((known == 0) | again) & (norms > 0)
+        updated = torch.where(fresh, norms, known)
+        if self.training:
+            self.initial_norms = known.copy_(updated)
+        return updated
 
     def _allocate(self) -> None:
         super()._allocate()

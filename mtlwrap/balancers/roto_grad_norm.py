@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mtlwrap.balancers.grad_norm import checked_alpha, logit_gradients, pulls, relative_rates
+from mtlwrap.balancers.norm_objective import logit_gradients, pulls, relative_rates
 from mtlwrap.balancers.rotate_only import RotateOnly
-from mtlwrap.gradients import TaskGradients
+from mtlwrap.checks import at_least_zero
+from mtlwrap.gradients import TaskGradients, widest
 
 
 class RotoGradNorm(RotateOnly):
@@ -59,7 +60,7 @@ class RotoGradNorm(RotateOnly):
         super().__init__(
             rotation_shape, post_shape=post_shape, normalize_losses=normalize_losses, burn_in_period=burn_in_period
         )
-        self.alpha = checked_alpha(alpha)
+        self.alpha = at_least_zero("alpha", alpha)
         self.register_parameter("logits", None)
 
     def bind(self, num_tasks: int) -> None:
@@ -84,7 +85,7 @@ class RotoGradNorm(RotateOnly):
         """The gradients of the rotation objective on the angles, and of the norm objective on the logits."""
         weights, count = self._weights(gradients), gradients.active.sum()
         mean_norm = (weights @ gradients.gramian @ weights).clamp(min=0.0).sqrt() / count
-        progress = gradients.losses / self.first_losses.known().to(gradients.losses)
+        progress = gradients.losses / self.first_losses.after(gradients)
         pull = pulls(weights * gradients.norms, mean_norm, relative_rates(progress, gradients, self.alpha))
         return {**super().own_gradients(gradients), "logits": logit_gradients(pull, self.logits, gradients)}
 
@@ -94,6 +95,6 @@ class RotoGradNorm(RotateOnly):
 
     def _weights(self, gradients: TaskGradients) -> Tensor:
         if self.logits is None:
-            return gradients.active.double()
+            return widest(gradients.active)
         masked = torch.where(gradients.active, self.logits.detach().to(gradients.norms), -torch.inf)
         return gradients.active.sum() * masked.softmax(0)

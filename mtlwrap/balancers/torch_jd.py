@@ -51,8 +51,9 @@ class TorchJD(Balancer):
     - Many methods synchronise with the host (they branch on values, or solve on the CPU with quadprog, cvxpy or
       scipy), and so does this class.
     - A gradient that is not finite makes every weight NaN, so that a ``GradScaler`` skips the step; the method is not
-      asked and keeps its state. A scalarizer is asked, and its state put back; also in evaluation, so that a
-      validation loss leaves no trace.
+      asked and keeps its state. A scalarizer is asked, and its state put back.
+    - In evaluation mode the method is asked, and its state put back, so that a validation loss leaves no trace. What
+      you call yourself, ``FAMO.update``, moves it in either mode.
     - A task that takes no part is left out of what the method sees, and gets the weight 0; a mean is one over the
       others. Methods with a number for every task (``Constant``, a ``pref_vector``, ``GradDrop(leak=...)``) see a
       gradient or a loss of zero instead, which to them is the same; ``UW`` and ``IMTLL`` use the parameters of the
@@ -240,8 +241,12 @@ class TorchJDGradient(TorchJD, GradientBalancer):
         if rows is not None:
             given = given[rows][:, rows] if self.on == "gramian" else given[rows]
         _settle(self.method, given)
+        kept = None if self.training else _snapshot(self.method)
         with torch.no_grad(), without_autocast(given.device.type), drawing_alike(gradients.losses):
             answer = module(given)
+            answer = answer.clone() if isinstance(answer, Tensor) else answer  # it may be the method's state itself
+        if kept is not None:
+            _restore(self.method, kept)
         expected = given.shape[1:] if module is self.method and _weighting(module) is None else given.shape[:1]
         if not isinstance(answer, Tensor) or answer.shape != expected:
             got = f"the shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
@@ -249,7 +254,7 @@ class TorchJDGradient(TorchJD, GradientBalancer):
                 f"{type(module).__name__}: expected a result of shape {tuple(expected)}, got {got}. It was given "
                 f"the {self.on} of the gradients, {list(given.shape)}."
             )
-        return answer.detach().clone()  # it may be the method's state itself
+        return answer.detach()
 
     def _seen_rows(self, taking_part: Sequence[bool]) -> list[int] | None:
         """The tasks that the method gets to see; None for all of them, those that take no part with zeros."""

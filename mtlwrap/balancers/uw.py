@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mtlwrap.balancers.base import constant, select
 from mtlwrap.balancers.log_scale import Init, LogScaleBalancer
+from mtlwrap.checks import ordered
 
 # likelihood: the factor before the loss, and before the log-variance
 _FACTORS: dict[str, tuple[float, float]] = {
@@ -30,8 +31,9 @@ class UW(LogScaleBalancer):
     - ``"laplace"``: :math:`a = c = 1`, :math:`s = \log b`, for an absolute error, a Laplace likelihood of scale b.
 
     At the minimum over :math:`s` regression and classification both weigh a loss by :math:`1 / 2L`, Laplace by
-    :math:`1 / L`. The objective becomes negative where a loss falls below about 1: that is normal, watch the losses
-    themselves. A loss of zero takes its log-variance to ``-bound`` and no further.
+    :math:`1 / L`. There the objective is negative where a loss is below :math:`1/e \approx 0.37` (classification:
+    :math:`1 / 2e \approx 0.18`): that is normal, watch the losses themselves. A loss of zero takes its log-variance to
+    ``-bound`` and no further.
 
     Zeros at the start, as in TorchJD (LibMTL: -0.5); the paper finds that any start from -2 to 5 converges.
 
@@ -70,11 +72,12 @@ class UW(LogScaleBalancer):
         bound: float = 20.0,
     ) -> None:
         per_task = not isinstance(likelihood, str)
-        kinds: list[str] = [likelihood] if isinstance(likelihood, str) else list(likelihood)
+        kinds: list[str] = [likelihood] if isinstance(likelihood, str) else ordered("likelihood", likelihood, "names")
         for kind in kinds:
-            if kind not in _FACTORS:
+            if not isinstance(kind, str) or kind not in _FACTORS:
                 raise ValueError(f"likelihood: expected one of {', '.join(map(repr, _FACTORS))}, got {kind!r}.")
         super().__init__(len(kinds) if per_task and shape is None else shape, init, bound)
+        self._sized_by = "likelihood" if per_task and shape is None else self._sized_by
         if per_task and self.shape != (len(kinds),):
             raise ValueError(f"likelihood: expected one, or one per value for shape {self.shape}, got {len(kinds)}.")
         self.likelihood = likelihood

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from mtlwrap import ExcessMTL, GradientBalancer, MultiTaskModel, TaskGradients, fork
-from mtlwrap.balancers import excess_mtl
+from mtlwrap.balancers import by_name, excess_mtl
 from tests.balancers.zoo import generator, normal
 from tests.common import DEVICE
 
@@ -217,6 +217,15 @@ def test_a_zero_first_gradient_waits(warmup: int) -> None:
     assert_close(balancer.baseline[1], late.baseline[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_far_larger_than_the_first_count_in_full(dtype: torch.dtype) -> None:
+    balancer = ExcessMTL()
+    weights_of(balancer, [torch.ones(2, 3), torch.tensor([[1.0, 1e10, 3.0], [1e14, 2.0, 1e20]])], dtype)
+    # From 1e15 times the first on it counts as that: even 1e8 such steps are far from the end of float32.
+    expected = torch.tensor([[2.0, 1 + 1e20, 10.0], [1 + 1e28, 5.0, 1e30]], dtype=dtype, device=DEVICE)
+    assert_close(balancer.squared_gradients, expected)
+
+
 def test_always_zero_gradients_change_nothing() -> None:
     balancer = ExcessMTL(1.0)
     for weights in weights_of(balancer, [torch.zeros(3, 4)] * 5):
@@ -340,6 +349,22 @@ def test_a_missing_feature_dim_is_refused_in_the_forward() -> None:
         model(batch(5))
 
 
+@pytest.mark.parametrize("feature_dim", [0, 1, 2, -2])
+def test_of_parameters_each_entry_is_a_feature(feature_dim: int) -> None:
+    """They have no dimension for that to be one of."""
+    expected, model = (
+        MultiTaskModel(nn.Linear(3, 4), [nn.Linear(4, 1), nn.Linear(4, 2)], balancer, gradients="parameters").to(DEVICE)
+        for balancer in (ExcessMTL(0.5), ExcessMTL(0.5, feature_dim=feature_dim))
+    )
+    model.load_state_dict(expected.state_dict())
+    for each in (expected, model):
+        for step in range(2):
+            x = normal(5, 3, gen=generator(step)).to(DEVICE, torch.float32)
+            each.backward([p.square().mean() for p in each(x)])
+    assert model.balancer.squared_gradients.shape == (2, 16)
+    assert_close(model.task_weights, expected.task_weights, **EXACT)
+
+
 def test_large_states_are_worked_on_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, blocks = ExcessMTL(0.5), ExcessMTL(0.5)
     gen = generator(3)
@@ -422,8 +447,12 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
 
 
 def test_repr_shows_the_options() -> None:
-    assert repr(ExcessMTL()) == "ExcessMTL(robust_step_size=1, n_warmup_steps=0)"
-    assert repr(ExcessMTL(0.01, 5, 1)) == "ExcessMTL(robust_step_size=0.01, n_warmup_steps=5, feature_dim=1)"
+    assert repr(ExcessMTL(1)) == "ExcessMTL(robust_step_size=1, n_warmup_steps=0)"
+    assert repr(ExcessMTL(0.1, 5, 1)) == "ExcessMTL(robust_step_size=0.1, n_warmup_steps=5, feature_dim=1)"
+
+
+def test_the_default_step_is_that_of_the_official_code_by_name_too() -> None:
+    assert ExcessMTL().robust_step_size == by_name("excess-mtl").robust_step_size == 0.01
 
 
 def test_another_matrix_is_refused_and_reset_allows_it() -> None:

@@ -409,7 +409,7 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
 
 def test_values_that_do_not_fit() -> None:
     values = torch.ones(2, device=DEVICE)
-    with pytest.raises(ValueError, match=r"FAMO was made without a number of tasks\. Give it one, num_tasks"):
+    with pytest.raises(ValueError, match=r"FAMO does not know the number of tasks.*bind\(num_tasks\)"):
         FAMO()(values)
     with pytest.raises(ValueError, match=r"FAMO: expected values of shape \(3,\), got \(2,\)"):
         made([0.0] * 3)(values)

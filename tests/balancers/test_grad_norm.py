@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from mtlwrap import UW, Compose, GradNorm, MultiTaskModel, TaskGradients
+from mtlwrap.balancers.norm_objective import relative_rates
 from tests.balancers.zoo import generator, normal
 from tests.common import DEVICE, grads, make_input, make_losses, make_model
 
@@ -111,6 +112,16 @@ def test_zero_losses_and_gradients_are_no_nan() -> None:
     model.zero_grad()
     model.backward({t: loss * 0.0 for t, loss in make_losses(model(make_input())).items()})
     assert all(g.isfinite().all() for g in grads(list(model.parameters())))
+
+
+def test_a_loss_below_zero_counts_as_done() -> None:
+    """Its progress is none of the others': as the mean of all it could be zero, and rates of any size would follow."""
+    gradients = TaskGradients.from_parts([[torch.ones(2)] * 3], [True] * 3)
+    rates = relative_rates(torch.tensor([2.0, 1.0, -3.0]), gradients, 1.0)
+    assert_close(rates, torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64))
+    model = make_model(GradNorm(1.5, [1.0, 1.0, 1.0]))
+    model.backward({t: loss - 3.0 * (t == "a") for t, loss in make_losses(model(make_input())).items()})
+    assert model.balancer.logits.grad.isfinite().all()
 
 
 def test_standing_alone_the_weighted_gradients_are_summed() -> None:

@@ -212,9 +212,15 @@ def test_shape_that_is_none(shape):
         IMTLL(shape)
 
 
-@pytest.mark.parametrize("bound", [0, -1.0, math.inf, math.nan, "20", None])
+@pytest.mark.parametrize("bound", [0, -1.0, math.inf, math.nan])
 def test_bound_out_of_range(bound):
     with pytest.raises(ValueError, match="bound: expected a positive finite number, got"):
+        IMTLL(2, bound=bound)
+
+
+@pytest.mark.parametrize("bound", ["20", None, True])
+def test_a_bound_that_is_no_number(bound):
+    with pytest.raises(TypeError, match="bound: expected a number, got"):
         IMTLL(2, bound=bound)
 
 
@@ -245,7 +251,11 @@ def test_reset_equals_a_fresh_one(init):
 
 
 def test_reset_before_the_shape_is_known():
-    IMTLL().reset()
+    balancer = IMTLL(init=0.25)
+    balancer.reset()
+    assert balancer.shape is None
+    balancer.bind(2)
+    assert torch.equal(balancer.log_scale, torch.full((2,), 0.25))
 
 
 @pytest.mark.parametrize("make", [lambda: IMTLL(2, init=0.5), lambda: IMTLL(init=[0.5, 0.25])])
@@ -452,7 +462,7 @@ def test_values_of_another_type(values, kind):
 
 
 def test_without_a_shape_it_says_what_to_do():
-    with pytest.raises(ValueError, match=r"IMTLL was made without a shape\. Give it one, IMTLL\(shape\)"):
+    with pytest.raises(ValueError, match=r"IMTLL does not know the number of tasks.*bind\(num_tasks\)"):
         IMTLL()(torch.ones(2))
 
 

@@ -33,6 +33,8 @@ def test_every_balancer_goes_by_its_name(name):
         ("IMTL", "IMTL"),
         ("Uw", "UW"),
         ("equal-weighting", "EqualWeighting"),
+        ("excess-mtl", "ExcessMTL"),
+        ("grad-norm", "GradNorm"),
     ],
 )
 def test_spellings(name, kind):
@@ -44,8 +46,15 @@ def test_an_unknown_name_lists_the_known(name):
     with pytest.raises(ValueError, match="balancer: no balancer is called") as error:
         by_name(name)
     assert repr(name) in str(error.value)
+    by_their_names, as_objects = str(error.value).split("made as objects:")
     for known in METHODS:
-        assert known.lower() in str(error.value)
+        if known in OPTIONS:
+            assert f" {known}(...)" in as_objects
+        else:
+            assert known == "EqualWeighting" or known.lower() in by_their_names.replace("-", "")
+    assert "TorchJD(UPGrad())" in as_objects
+    for listed in by_their_names.split("there are ")[1].split(". ")[0].split(", "):
+        assert by_name(listed)
 
 
 def test_every_balancer_is_exported():

@@ -165,18 +165,22 @@ def test_rotations_with_swapped_buffers() -> None:
     assert_close(given, dict(rotations.named_buffers()), **EXACT)
 
 
-def test_angle_gradients_are_derivatives() -> None:
+@pytest.mark.parametrize("at_base", [True, False])
+def test_angle_gradients_are_derivatives(at_base: bool) -> None:
     """Of any function of the rotations, by finite differences of the map itself, at rotations far from the identity."""
     rotations = Rotations(2, 5).double()
-    with torch.no_grad():
-        rotations.angles.copy_(normal(2, 10, gen=generator(1)))
-    rotations.settle()
+    for _ in range(1 if at_base else 2):
+        rotations.settle()
+        with torch.no_grad():
+            rotations.angles.add_(normal(2, 10, gen=generator(1)))
+    if at_base:
+        rotations.settle()
     target = normal(2, 5, 5, gen=generator(2))
 
     def value() -> float:
         return (rotations.matrices() * target).sum().item()
 
-    gradient = rotations.angle_gradients(rotations.base.mT @ target)
+    gradient = rotations.angle_gradients(rotations.matrices().mT @ target, at_base=at_base)
     for task, angle in itertools.product(range(2), range(10)):
         with torch.no_grad():
             rotations.angles[task, angle] += 1e-6
@@ -262,6 +266,53 @@ def test_what_is_rotated(case: str) -> None:
         objective = (matrix @ columns_of(v, size, len(post)) - columns_of(at_heads[k], size, len(post))).square().sum()
         (expected,) = torch.autograd.grad(objective, angles)
         assert_close(balancer.rotations.angles.grad[k], expected)
+
+
+@family
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("size", [0.1, 0.5, 2.0])
+def test_gradients_of_the_angles_wherever_the_optimizer_took_them(name: str, training: bool, size: float) -> None:
+    """By autograd through the Cayley map. A model in evaluation mode can be trained too; only its state stays."""
+    model = model_of(turned(FAMILY[name](6)))
+    balancer, rotations = model.balancer, model.balancer.rotations
+    with torch.no_grad():
+        rotations.angles.add_(size * normal(*rotations.angles.shape, gen=generator(6)).to(DEVICE))
+    model.train(training)
+    if training:
+        rotations.settle()  # as its forward will
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    angles = rotations.angles.detach().clone().requires_grad_()
+    rows, columns = torch.tril_indices(6, 6, -1)
+    lower = torch.zeros(3, 6, 6, dtype=torch.float64, device=DEVICE)
+    lower[:, rows, columns] = angles - rotations.anchor
+    delta, identity = lower - lower.mT, torch.eye(6, dtype=torch.float64, device=DEVICE)
+    matrices = rotations.base @ torch.linalg.solve(identity - delta / 2, identity + delta / 2)
+    rotated = [(model.backbone(batch()) @ m.mT).detach().requires_grad_() for m in matrices]
+    losses = losses_of([head(r) for head, r in zip(model.heads, rotated, strict=True)])
+    at_heads = [torch.autograd.grad(loss, r)[0] for loss, r in zip(losses, rotated, strict=True)]
+    at_z = [g @ m.detach() for g, m in zip(at_heads, matrices, strict=True)]
+    v = (sum(at_z) / 3).norm() * sum(g / g.norm() for g in at_z) / 3
+    objective = sum((v @ m.mT - g).square().sum() for m, g in zip(matrices, at_heads, strict=True))
+    (expected,) = torch.autograd.grad(objective, angles)
+    model.backward(losses_of(model(batch())))
+    assert_close(balancer.rotations.angles.grad, expected)
+    if not training:
+        assert_close(dict(model.state_dict()), before, **EXACT)
+
+
+def test_a_forward_in_evaluation_between_forward_and_backward_of_a_step() -> None:
+    """The gradient is that of the step, whoever else has asked for the rotations since."""
+    plain, disturbed = model_of(turned(RotateOnly(6))), model_of(turned(RotateOnly(6)))
+    for model in (plain, disturbed):
+        with torch.no_grad():
+            model.balancer.rotations.angles.add_(0.5)
+        predictions = model(batch())
+        if model is disturbed:
+            model.eval()
+            model(batch(1))
+            model.train()
+        model.backward(losses_of(predictions))
+    assert_close(grads(list(disturbed.parameters())), grads(list(plain.parameters())), **EXACT)
 
 
 def test_a_shape_of_several_dimensions_is_rotated_as_one() -> None:

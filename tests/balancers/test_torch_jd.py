@@ -475,6 +475,29 @@ def test_a_gradient_that_is_not_finite_leaves_the_state(name: str, bad: float, a
         assert got.isfinite().all()
 
 
+@every_aggregation
+@pytest.mark.parametrize("steps", [0, 2])
+def test_in_evaluation_mode_it_decides_and_keeps_its_state(name: str, steps: int) -> None:
+    balancer, twin = wrap(make_method(name)), wrap(make_method(name))
+    matrices = [normal(3, 9, gen=generator(seed)).to(DEVICE) for seed in range(steps + 2)]
+
+    def asked(each: TorchJD, step: int) -> Tensor:
+        torch.manual_seed(step)
+        return each(matrices[step])
+
+    for step in range(steps):
+        assert_close(asked(balancer, step), asked(twin, step), **EXACT)
+    before = copy.deepcopy(state_of(balancer))
+    balancer.eval()
+    evaluated = [asked(balancer, steps) for _ in range(2)]
+    assert_same_state(state_of(balancer), before)
+    balancer.train()
+    expected = asked(twin, steps)
+    for got in (*evaluated, asked(balancer, steps)):
+        assert_close(got, expected, **EXACT)
+    assert_close(asked(balancer, steps + 1), asked(twin, steps + 1), **EXACT)
+
+
 def test_a_grad_scaler_skips_the_step() -> None:
     model = make_model(TorchJD(aggregation.IMTLG()), torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torchjd import scalarization
 
-from mtlwrap import UW
+from mtlwrap import UW, MultiTaskModel
 from tests.balancers import zoo
 from tests.common import DEVICE
 
@@ -205,10 +205,27 @@ def test_init_of_the_wrong_length():
         UW(likelihood=["laplace", "regression"], init=[0.0, 1.0, 2.0])
 
 
-@pytest.mark.parametrize("bound", [0, -1.0, math.inf, math.nan, "20"])
+@pytest.mark.parametrize("bound", [0, -1.0, math.inf, math.nan])
 def test_bound_out_of_range(bound):
     with pytest.raises(ValueError, match="bound: expected a positive finite number, got"):
         UW(2, bound=bound)
+
+
+@pytest.mark.parametrize("likelihood", [None, 2, {"a": "laplace", "b": "laplace"}])
+def test_likelihoods_of_another_kind(likelihood):
+    with pytest.raises(TypeError, match=r"likelihood: expected (a sequence of )?names"):
+        UW(2, likelihood=likelihood)
+
+
+def test_which_option_says_how_many_tasks_there_are():
+    heads = [nn.Linear(2, 1) for _ in range(3)]
+    for balancer, name in (
+        (UW(likelihood=["laplace", "laplace"]), "likelihood with one entry, or with 3"),
+        (UW(init=[0.0, 1.0]), "init with one entry, or with 3"),
+        (UW(2, ["laplace", "laplace"]), "the shape 3, or none at all"),
+    ):
+        with pytest.raises(ValueError, match=rf"UW was made for values of shape \(2,\).* 3 heads; expected {name}\."):
+            MultiTaskModel(nn.Linear(2, 2), heads, balancer)
 
 
 @pytest.mark.parametrize("likelihood", ["gauss", ["regression", "l1"], ["Regression", "laplace"], [1, 2]])
@@ -459,7 +476,7 @@ def test_values_of_another_type(values, kind):
 
 
 def test_without_a_shape_it_says_what_to_do():
-    with pytest.raises(ValueError, match=r"UW was made without a shape\. Give it one, UW\(shape\)"):
+    with pytest.raises(ValueError, match=r"UW does not know the number of tasks.*bind\(num_tasks\)"):
         UW()(torch.ones(2))
 
 
