@@ -50,6 +50,7 @@ MAKERS: dict[str, Callable[[int, int], Balancer | None]] = {
     "imtl-g-nonneg": lambda n, m: IMTLG(nonneg=True),
     "imtl-g-strict": lambda n, m: IMTLG(strict=True),
     "imtl": lambda n, m: IMTL(init=LOGS[:n]),
+    "imtl-first-losses": lambda n, m: IMTL(init="first_losses"),
     "imtl-loss": lambda n, m: IMTL(method="loss"),
     "imtl-gradient": lambda n, m: IMTL(method="gradient"),
     "excess-mtl": lambda n, m: ExcessMTL(robust_step_size=0.5),
@@ -65,7 +66,7 @@ MAKERS: dict[str, Callable[[int, int], Balancer | None]] = {
 }
 # What a weight may differ by that was computed from gradients of this precision, or from a factor in float32.
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-5, torch.bfloat16: 0.03}
-IMPARTIAL = ("imtl-g", "imtl", "imtl-gradient")
+IMPARTIAL = ("imtl-g", "imtl", "imtl-first-losses", "imtl-gradient")
 
 
 def test_every_balancer_is_here() -> None:
@@ -233,6 +234,10 @@ def expected_factors(name: str, balancer: Balancer, seen: Truth, memory: dict[st
     if name in ("imtl-l", "imtl", "imtl-loss"):
         (log_scale,) = balancer.parameters()
         return log_scale.detach().double()[present].exp()
+    if name == "imtl-first-losses":
+        (log_scale,) = balancer.parameters()
+        firsts = [memory.setdefault(("first", task), loss) for task, loss in zip(present, losses, strict=True)]
+        return log_scale.detach().double()[present].exp() / torch.stack(firsts)
     if name == "grad-norm":
         return len(present) * softmax(balancer.logits, present)
     if name == "gls":
@@ -418,8 +423,9 @@ def test_two_steps_of_any_training(name: str) -> None:
             model.zero_grad()
             check_step(name, model, scenario, step)
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        # FAMO's last losses are infinite before there are any.
-        assert all(not t.isnan().any() if "log_losses" in key else t.isfinite().all() for key, t in state.items())
+        # FAMO's last losses, and where log-scales start, are infinite before there are any losses.
+        waiting = ("log_losses", "start")
+        assert all(not t.isnan().any() if key.endswith(waiting) else t.isfinite().all() for key, t in state.items())
 
     holds()
 
