@@ -37,8 +37,7 @@ DEVICE = torch.device(os.environ.get("MTLWRAP_TEST_DEVICE", "cpu"))
 METHODS = [
     name
     for name in balancers.__all__
-    if name not in ("by_name", "Compose", "TorchJD")
-    and getattr(balancers, name) not in (Balancer, GradientBalancer, LossBalancer)
+    if name not in ("Compose", "TorchJD") and getattr(balancers, name) not in (Balancer, GradientBalancer, LossBalancer)
 ]
 
 # What those need that have options without a default, for three tasks on make_backbone's representation.

@@ -8,7 +8,7 @@ from mtlwrap import balancers
 from tests import features
 
 README = Path(__file__).parents[1] / "README.md"
-ABSTRACT = {"Balancer", "GradientBalancer", "LossBalancer", "Compose", "by_name"}
+ABSTRACT = {"Balancer", "GradientBalancer", "LossBalancer", "Compose"}
 
 
 @pytest.mark.filterwarnings("ignore")

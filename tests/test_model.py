@@ -431,7 +431,7 @@ def test_balancer_names_and_defaults() -> None:
     assert isinstance(make_model().balancer, EqualWeighting)
     assert isinstance(make_model("imtl").balancer, IMTL)
     assert isinstance(make_model("IMTL_G").balancer, IMTLG)
-    with pytest.raises(ValueError, match=r"no balancer is called 'pcgrad'; by name there are equal, .*, uw\."):
+    with pytest.raises(ValueError, match=r"'pcgrad'; by name there are .*IMTL, .*EqualWeighting, "):
         make_model("pcgrad")
     with pytest.raises(ValueError, match="FixedWeights needs options"):
         make_model("fixedweights")

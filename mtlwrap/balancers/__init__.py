@@ -1,4 +1,6 @@
-"""The balancers: one method, one file."""
+"""The balancers: one method, one file. What stands in ``__all__`` here the package exports."""
+
+from inspect import signature
 
 from mtlwrap.balancers.base import Balancer, GradientBalancer, LossBalancer
 from mtlwrap.balancers.compose import Compose
@@ -40,24 +42,12 @@ __all__ = [
     "RotoGrad",
     "RotoGradNorm",
     "TorchJD",
-    "by_name",
 ]
 
-# What can be made without options, by the names that are shown; and other names for these.
-_METHODS: dict[str, type[Balancer]] = {
-    "equal": EqualWeighting,
-    "excess-mtl": ExcessMTL,
-    "famo": FAMO,
-    "gls": GLS,
-    "grad-norm": GradNorm,
-    "imtl": IMTL,
-    "imtl-g": IMTLG,
-    "imtl-l": IMTLL,
-    "rlw": RLW,
-    "uw": UW,
-}
-_OF_OPTIONS: tuple[type[Balancer], ...] = (DWA, FixedWeights, RotateOnly, RotoGrad, RotoGradNorm)
-_OTHER_NAMES: dict[str, type[Balancer]] = {"equal-weighting": EqualWeighting, "fixed": FixedWeights, "torchjd": TorchJD}
+_ABSTRACT = (Balancer, Compose, GradientBalancer, LossBalancer)
+_METHODS: list[type[Balancer]] = [globals()[name] for name in __all__ if globals()[name] not in _ABSTRACT]
+# What tables and options like to call them.
+_SHORT: dict[str, type[Balancer]] = {"equal": EqualWeighting, "fixed": FixedWeights}
 
 
 def by_name(name: str) -> Balancer:
@@ -70,19 +60,24 @@ def by_name(name: str) -> Balancer:
         >>> by_name("imtl-g")
         IMTLG()
     """
-    known = {_plain(key): kind for key, kind in (_METHODS | _OTHER_NAMES).items()}
-    known |= {_plain(kind.__name__): kind for kind in _OF_OPTIONS}
+    known: dict[str, type[Balancer]] = {_plain(kind.__name__): kind for kind in _METHODS} | _SHORT
     method = known.get(_plain(name))
     if method is None:
-        objects = ", ".join(f"{kind.__name__}(...)" for kind in _OF_OPTIONS)
+        simple = ", ".join(kind.__name__ for kind in _METHODS if not _needs_options(kind))
+        others = ", ".join(f"{kind.__name__}(...)" for kind in _METHODS if _needs_options(kind) and kind is not TorchJD)
         raise ValueError(
-            f"balancer: no balancer is called {name!r}; by name there are {', '.join(_METHODS)}. Those with options "
-            f"that have no default are made as objects: {objects}; so are TorchJD's: TorchJD(UPGrad())."
+            f"balancer: no balancer is called {name!r}; by name there are {simple}. Those with options that have no "
+            f"default are made as objects: {others}; so are TorchJD's: TorchJD(UPGrad())."
         )
     try:
         return method()
     except TypeError as error:
         raise ValueError(f"balancer: {method.__name__} needs options; make it and pass the object. ({error})") from None
+
+
+def _needs_options(kind: type[Balancer]) -> bool:
+    parameters = signature(kind).parameters.values()
+    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 def _plain(name: str) -> str:

@@ -51,14 +51,14 @@ def test_an_unknown_name_lists_the_known(name):
         if known in OPTIONS:
             assert f" {known}(...)" in as_objects
         else:
-            assert known == "EqualWeighting" or known.lower() in by_their_names.replace("-", "")
+            assert f" {known}" in by_their_names
     assert "TorchJD(UPGrad())" in as_objects
     for listed in by_their_names.split("there are ")[1].split(". ")[0].split(", "):
         assert by_name(listed)
 
 
 def test_every_balancer_is_exported():
-    assert len(METHODS) >= 6
+    assert set(METHODS) >= {"EqualWeighting", "FixedWeights", "UW", "IMTL", "ExcessMTL", "RotoGrad", "GradNorm"}
     for name in METHODS:
         assert name in mtlwrap.__all__
         assert getattr(mtlwrap, name) is getattr(balancers, name)
