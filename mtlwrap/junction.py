@@ -129,6 +129,9 @@ class Junction:
     def meet(self, model: nn.Module | None = None) -> None:
         """Find the processes that train the model together; before a forward under gradients, if there are several."""
         self.peers.meet(model)
+        if model is not None and self.peers.is_sharded and _constrain not in model._forward_pre_hooks.values():
+            # Before the hook with which fully_shard makes them whole: what is written to those is not kept.
+            model.register_forward_pre_hook(_constrain, prepend=True)
 
     @opaque
     def connect(self, predictions: dict[int, Any], balancer: Balancer, heads: Heads) -> dict[int, Any]:
@@ -196,10 +199,14 @@ class Junction:
         """The total without a graph."""
         chosen = [loss for loss in losses if loss is not None]
         present = [loss is not None for loss in losses]
+        if chosen and any(hasattr(parameter, "device_mesh") for parameter in balancer.parameters()):
+            raise ValueError(
+                f"The parameters of {type(balancer).__name__} are sharded at this point, so without gradients one "
+                "process alone cannot know the total. Add the losses up, or call scalarize right after a forward."
+            )
         total = torch.zeros((), device=self._device)
         if chosen:
-            with whole_parameters(balancer):
-                total = balancer.scalarize(vector_of(chosen), _positions(present))
+            total = balancer.scalarize(vector_of(chosen), _positions(present))
         return total if auxiliary is None else total + auxiliary
 
     @contextmanager
@@ -260,9 +267,9 @@ class Junction:
             # Heads that an auxiliary loss reads elsewhere run here too.
             return cast("Tensor", ScalarNode.apply(order, found.connections, total)) if any(order.running) else total
         vector = LossesNode.apply(order, len(found.tokens), *found.tokens, *chosen)
+        if balancer.training and not transforming():
+            balancer.constrain()
         with whole_parameters(balancer):
-            if balancer.training and not transforming():
-                balancer.constrain()
             total = balancer.scalarize(vector, _positions(order.taking_part))
         if not isinstance(total, Tensor) or total.dim() != 0:
             shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
@@ -300,6 +307,11 @@ class Junction:
                 check_whole(fork.exact.parameters, bool(self.peers.is_sharded))
                 check_repeatable(fork.edges)
                 self._seen_exact = True
+
+
+def _constrain(model: Any, _: object) -> None:
+    if model.balancer.training and torch.is_grad_enabled():
+        model.balancer.constrain()
 
 
 def _communicates(head: nn.Module) -> bool:

@@ -54,7 +54,7 @@ class MultiTaskModel(nn.Module):
     Attributes:
         backbone: the shared module.
         heads: the heads, ``model.heads[0]`` or ``model.heads["seg"]``, in order.
-        balancer: the balancer; another one may be set at any time.
+        balancer: the balancer; another one may be set at any time, but in ``DistributedDataParallel``.
         schedule: with ``Parameters(refresh_every=k)``, k > 1, the weights in use until the next weighing; a part of the
             checkpoint. Else None.
 

@@ -43,6 +43,17 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
             owner._parameters[name] = parameter
 
 
+def beside(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor that all processes have alike, sharded as the parameter is, if it is; then in its type."""
+    tensor = tensor.to(parameter.dtype)
+    if not hasattr(parameter, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate  # not every build of torch has it
+
+    replicated = DTensor.from_local(tensor, parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim)
+    return replicated.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+
+
 def _widened(before: Tensor, after: Tensor | None) -> Tensor | None:
     """What became of a buffer, unless it became narrower than float32."""
     if after is None or torch.promote_types(after.dtype, torch.float32) == after.dtype:

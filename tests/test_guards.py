@@ -39,7 +39,7 @@ from tests.common import (
         (lambda b, h: (b, {"": h["a"]}), ValueError, "expected task names that are not empty"),
         (lambda b, h: (b, h, 3), TypeError, "balancer: expected a balancer object, .* got int"),
         (lambda b, h: (b, h, IMTLG), TypeError, "balancer: expected a balancer object, .* got the class IMTLG"),
-        (lambda b, h: (b, h, "mgda"), ValueError, "no balancer is called 'mgda'; by name there are equal, "),
+        (lambda b, h: (b, h, "mgda"), ValueError, "no balancer is called 'mgda'; by name there are "),
         (lambda b, h: (b, h, IMTLL(2)), ValueError, r"IMTLL was made for values of shape \(2,\), but the model has 3"),
         (lambda b, h: (b, h, UW((3, 1))), ValueError, r"UW was made for values of shape \(3, 1\), but the model has 3"),
         (lambda b, h: (b, h, FixedWeights([1, 2])), ValueError, "FixedWeights was made for 2 tasks.* 3 heads"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mtlwrap.balancers.base import LossBalancer, select, unbound
 from mtlwrap.balancers.loss_state import learns, wide, write
 from mtlwrap.checks import integer, is_integer, one_or_each, positive
+from mtlwrap.state import beside
 
 # What a log-scale may start at: numbers, or what fits the first losses, by this name.
 FIRST_LOSSES = "first_losses"
@@ -83,7 +84,7 @@ class LogScaleBalancer(LossBalancer):
         if self.start is None:
             parameter.data.clamp_(-self.bound, self.bound)
         else:
-            start = torch.where(self.start.isfinite(), self.start, 0.0).to(parameter.dtype)
+            start = beside(torch.where(self.start.isfinite(), self.start, 0.0), parameter)
             parameter.data.clamp_(-self.bound - start, self.bound - start)
 
     def reset(self) -> None:
@@ -94,6 +95,17 @@ class LogScaleBalancer(LossBalancer):
                 parameter.copy_(self._initial())
             if self.start is not None:
                 self.start.fill_(torch.inf)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Take numbers that were learned under another ``init`` for the log-scales that they were."""
+        learned, start = prefix + self._parameter, prefix + "start"
+        if learned in state_dict and self.start is not None and start not in state_dict:
+            state_dict[start] = torch.zeros_like(self.start)
+        if learned in state_dict and self.start is None and start in state_dict:
+            begun = state_dict.pop(start)
+            begun = torch.where(begun.isfinite(), begun, 0.0)
+            state_dict[learned] = state_dict[learned] + beside(begun, state_dict[learned])
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @abstractmethod
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:

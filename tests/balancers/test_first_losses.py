@@ -131,6 +131,27 @@ def test_reset_and_checkpoint(make):
     assert scales.start.tolist() == [math.inf, math.inf]
 
 
+@pytest.mark.parametrize(("make", "sign"), [(IMTLL, 1.0), (UW, -1.0), (IMTL, 1.0)])
+def test_a_checkpoint_of_another_init_is_taken_for_what_it_says(make, sign):
+    """The same scales go on, whichever of the two an optimizer learned them under."""
+    learned, at_first = make(2), make(2, init="first_losses")
+    with torch.no_grad():
+        next(learned.parameters()).copy_(torch.tensor([-3.0, 2.0]))
+    at_first.load_state_dict(learned.state_dict())
+    losses = torch.tensor([10.0, 20.0]).requires_grad_()
+    expected = torch.tensor([-3.0, 2.0]).mul(sign).exp() * (0.5 if make is UW else 1.0)
+    (got,) = torch.autograd.grad(at_first.scalarize(losses), losses)
+    torch.testing.assert_close(got, expected)
+    begun, back = make(2, init="first_losses"), make(2)
+    begun.scalarize(torch.tensor([4.0, 8.0]), None)
+    with torch.no_grad():
+        next(begun.parameters()).add_(0.5)
+    back.load_state_dict(begun.state_dict())
+    (expected,) = torch.autograd.grad(begun.scalarize(losses), losses)
+    (got,) = torch.autograd.grad(back.scalarize(losses), losses)
+    torch.testing.assert_close(got, expected)
+
+
 def test_what_it_learns_from_zero_has_no_other_state():
     assert list(IMTLL(2, init=0.5).state_dict()) == ["log_scale"]
     assert list(IMTLL(2, init="first_losses").state_dict()) == ["log_scale", "start"]

@@ -59,7 +59,8 @@ def check(got: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 # How many messages a step takes: one before the backward pass, who takes part with which losses; in it one for what a
 # gradient balancer asks of the gradients, inner products or sums over the batch; and one for a rotation's own gradient.
-ASKS = ("imtl-g", "imtl-g-nonneg", "imtl-g-strict", "imtl", "imtl-gradient", "excess-mtl", "grad-norm", "compose")
+ASKS = ("imtl-g", "imtl-g-nonneg", "imtl-g-strict", "imtl", "imtl-first-losses", "imtl-gradient", "excess-mtl")
+ASKS += ("grad-norm", "compose")
 ROTATES = ("rotate-only", "rotograd", "rotograd-norm")
 MESSAGES = {name: 3 if name in ROTATES else 2 if name in ASKS else 1 for name in BALANCERS}
 

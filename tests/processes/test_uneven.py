@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchjd.aggregation import GradDrop, PCGrad, Random
 from torchjd.scalarization import Random as RandomScalarizer
 
-from mtlwrap import IMTLG, ExcessMTL, MultiTaskModel, TorchJD
+from mtlwrap import IMTLG, IMTLL, ExcessMTL, MultiTaskModel, TorchJD
 from tests.common import make_backbone, make_heads, make_input, make_losses
 from tests.processes.training import Spec, close, make, whole, wrapped
 
@@ -747,6 +747,56 @@ def of_half_precision(rank: int, size: int) -> list[float]:
 
 def test_a_mean_of_what_float16_cannot_add_up(pools):
     assert pools[2].run(of_half_precision) == [[40000.0] * 2] * 2
+
+
+def beyond(rank: int, size: int, wrap: str, init: Any) -> tuple[list[float], list[float]]:
+    """Log-scales that a first step of SGD takes far beyond the bound: sharded, and in one process."""
+    torch.manual_seed(1)
+    model, alone = (
+        MultiTaskModel(make_backbone(), {t: nn.Linear(8, 1) for t in "abc"}, IMTLL(3, init=init)).double()
+        for _ in range(2)
+    )
+    alone.load_state_dict(model.state_dict())
+    outer = wrapped(model, Spec("imtl-l", wrap=wrap))
+    found = []
+    for each, call in ((model, outer), (alone, alone)):
+        optimizer = torch.optim.SGD(each.param_groups(lr=0.0, balancer_lr=0.1))
+        for step in range(3):
+            optimizer.zero_grad()
+            total = {task: (1e5 * (step > 0) + 1) * p.square().mean() for task, p in call(batch(0, 0, 0)).items()}
+            each.backward(total)
+            optimizer.step()
+        call(batch(0, 0, 0))
+        found.append([value for p in each.balancer_parameters() for value in whole(p).tolist()])
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("init", [None, "first_losses"])
+@pytest.mark.parametrize("wrap", ["fsdp", "fsdp-whole", "fsdp-resharded", "fsdp-nested"])
+def test_sharded_log_scales_beyond_the_bound_are_put_back(pools, wrap, init):
+    for sharded, alone in pools[2].run(beyond, wrap, init):
+        assert sharded == pytest.approx(alone, rel=1e-9)
+
+
+def asked_alone(rank: int, size: int) -> str:
+    """The value of a total, on one rank only, where the log-scales are sharded."""
+    spec = Spec("imtl", wrap="fsdp-resharded")
+    model = make(spec)
+    outer = wrapped(model, spec)
+    losses = some(outer(batch(0, rank, 0)), "abc")
+    said = ""
+    if rank == 0:
+        with torch.no_grad(), pytest.raises(ValueError, match="sharded at this point") as error:
+            model.scalarize(losses)
+        said = str(error.value)
+    model.backward(losses)
+    return said
+
+
+def test_the_value_of_a_total_does_not_wait_for_others(pools):
+    said, nothing = pools[2].run(asked_alone)
+    assert "The parameters of IMTL are sharded" in said.replace("FSDP", "")
+    assert nothing == ""
 
 
 def balancer_sharded(rank: int, size: int) -> str:
