@@ -26,7 +26,8 @@ class LogScaleBalancer(LossBalancer):
     neither runs away (a loss of exactly zero would take it to infinity) nor sticks beyond the bound, as a number that
     is only clamped on the way into the formula does. At a bound, a gradient that leads outside is zero. A loss that was
     zero for long and comes back is met with the factor of the bound at first, and Adam remembers that gradient for
-    thousands of steps: where that can happen, choose a smaller bound.
+    thousands of steps: where that can happen, choose a smaller bound. (Where ``fully_shard`` was called on a module
+    around the model only, and not on the model, what is put back is what is used, not what is stored.)
 
     With ``init="first_losses"`` the log-scale is the learned number, from zero, plus ``start``: what :meth:`_fitting`
     says for the first loss of each task. The number learned then says how far the task has come since.
