@@ -21,7 +21,7 @@ from mtlwrap.outcome import Report
 from mtlwrap.passes import Order
 from mtlwrap.probe import check_repeatable, check_whole
 from mtlwrap.processes import NOTHING_TO_TRAIN, Peers
-from mtlwrap.state import whole_parameters
+from mtlwrap.state import is_sharded, whole_parameters
 from mtlwrap.step import current_scope
 from mtlwrap.structure import differentiable_tensors
 from mtlwrap.surroundings import opaque, transforming
@@ -102,7 +102,7 @@ class Junction:
         if balancer.training and not transforming():
             balancer.prepare(tensors) if exact is None else exact.prepare(balancer)
         parameters = {name: p for name, p in balancer.named_parameters() if p.requires_grad}
-        if any(hasattr(parameter, "device_mesh") for parameter in parameters.values()):
+        if any(map(is_sharded, parameters.values())):
             raise ValueError(
                 f"The parameters of {type(balancer).__name__} are sharded by themselves. Call fully_shard on the "
                 "model, not on its balancer: that has no forward of its own which could gather them."
@@ -177,7 +177,7 @@ class Junction:
             if any(here) and not found.forks:
                 self.report.fill(None, None, None)  # nothing is balanced
         chosen = [loss for loss, present in zip(given, here, strict=True) if loss is not None and present]
-        several = self.peers.ranks is not None
+        several = self.peers.ranks is not None  # one alone decides it in the backward pass
         passes_on = several and (aside is not None or any(fork.is_looked_at for fork in found.forks))
         order = self._order(here, chosen, found, balancer, read=read, passes_on=passes_on, is_idle=is_idle)
         order.is_mixed = is_mixed and aside is None
@@ -199,7 +199,7 @@ class Junction:
         """The total without a graph."""
         chosen = [loss for loss in losses if loss is not None]
         present = [loss is not None for loss in losses]
-        if chosen and any(hasattr(parameter, "device_mesh") for parameter in balancer.parameters()):
+        if chosen and any(map(is_sharded, balancer.parameters())):
             raise ValueError(
                 f"The parameters of {type(balancer).__name__} are sharded at this point, so without gradients one "
                 "process alone cannot know the total. Add the losses up, or call scalarize right after a forward."
@@ -284,13 +284,10 @@ class Junction:
         That is, for each task, whether it reads its prediction: known, and of use, with several processes only.
         """
         looks = balancer.sees_gradients or any(fork.scope is not None for fork in forks)
-        read: set[int] = set()
-        if auxiliary is not None and auxiliary.requires_grad and (looks or self.peers.ranks is not None):
-            reaches, read = self._origins.reads(auxiliary, forks)
-            looks = looks and reaches
-        else:
-            looks = False
-        return looks, [task in read for task in range(len(self.tasks))]
+        if auxiliary is None or not auxiliary.requires_grad or not (looks or self.peers.ranks is not None):
+            return False, [False] * len(self.tasks)
+        reaches, read = self._origins.reads(auxiliary, forks)
+        return looks and reaches, [task in read for task in range(len(self.tasks))]
 
     def _is_early(self, found: Found, balancer: Balancer, aside: Tensor | None) -> bool:
         """Whether the decision is made before the backward pass comes to the heads."""

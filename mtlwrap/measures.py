@@ -6,7 +6,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from mtlwrap.gradients import TaskGradients
+from mtlwrap.gradients import TaskGradients, widest_dtype
 
 
 class Measures:
@@ -51,14 +51,14 @@ class Measures:
 
     def nothing(self, like: Tensor) -> Tensor:
         """What ``sums`` are after no step, on the device of a tensor."""
-        return torch.zeros(2, len(self.names), dtype=_precision(like), device=like.device)
+        return torch.zeros(2, len(self.names), dtype=widest_dtype(like.device), device=like.device)
 
     def _step(
         self, losses: Mapping[str, Tensor], weights: Tensor | None, gradients: TaskGradients | None
     ) -> tuple[Tensor, Tensor]:
         """The numbers of one step, and which of them count."""
         example = next(iter(losses.values()))
-        absent = torch.zeros((), dtype=_precision(example), device=example.device)
+        absent = torch.zeros((), dtype=widest_dtype(example.device), device=example.device)
         numbers = torch.stack([losses.get(task, absent).to(absent) for task in self._tasks])
         # From the host, where it is known, without waiting.
         known = torch.tensor([task in losses for task in self._tasks])
@@ -91,7 +91,3 @@ class Measures:
             (cosines, active[first] & active[second] & finite),
             (torch.stack([conflict, ~finite]), torch.stack([finite, always])),
         ]
-
-
-def _precision(like: Tensor) -> torch.dtype:
-    return torch.float32 if like.device.type == "mps" else torch.float64  # there is no float64 on mps

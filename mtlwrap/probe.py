@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from mtlwrap.state import is_sharded
+
 
 def pull_back(
     outputs: Sequence[Tensor | GradientEdge],
@@ -100,13 +102,13 @@ def check_repeatable(edges: Sequence[GradientEdge]) -> None:
             )
 
 
-def check_whole(parameters: Sequence[Tensor], is_sharded: bool) -> None:
+def check_whole(parameters: Sequence[Tensor], of_shards: bool) -> None:
     """Refuse parameters of which this process holds a part.
 
     Raises:
         ValueError: one is sharded.
     """
-    if is_sharded or any(hasattr(parameter, "device_mesh") for parameter in parameters):
+    if of_shards or any(map(is_sharded, parameters)):
         raise ValueError(
             'gradients="parameters" needs whole parameters; these are sharded over several processes (FSDP, tensor '
             'parallelism). Use gradients="representation".'

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mtlwrap.state import is_sharded
+
 NOTHING_TO_TRAIN = (
     "None of the losses requires grad: there is nothing to train. Was the forward run under torch.no_grad, or were the "
     "predictions detached?"
@@ -66,7 +68,7 @@ class Ranks:
         losses: Tensor,
         form: str = "",
         *,
-        read: Sequence[bool] | None = None,
+        read: Sequence[bool],
         passes_on: bool = False,
         is_idle: bool = False,
         is_out: bool = False,
@@ -77,7 +79,7 @@ class Ranks:
             present: for each task, whether it takes part here.
             losses: the losses of these, a vector, on the device and in the dtype that all ranks use.
             form: what must be the same on every rank, in words.
-            read: for each task, whether an auxiliary loss reads its prediction here; None for none.
+            read: for each task, whether an auxiliary loss reads its prediction here.
             passes_on: whether the backbone must be run backward here by the ordinary pass.
             is_idle: whether there are losses here, but none that can be trained.
             is_out: whether there is nothing here to run backward.
@@ -89,7 +91,7 @@ class Ranks:
         remaining = iter(losses.detach().double().unbind())
         nothing = losses.new_zeros((), dtype=torch.float64)
         spread = torch.stack([next(remaining) if here else nothing for here in present])
-        flags = [*present, *(read or [False] * len(present)), *_bits(form), passes_on, is_out, is_idle, False]
+        flags = [*present, *read, *_bits(form), passes_on, is_out, is_idle, False]
         counts, spread = self._told(flags, spread)
         *tasks, passing, out, idle, refusing = (round(count) for count in counts)
         first, second = len(present), 2 * len(present)
@@ -368,13 +370,13 @@ def _group_of(ddp: Any, model: nn.Module | None) -> "dist.ProcessGroup | None":
 
 def _is_sharded(model: nn.Module) -> bool:
     """Whether it has parameters that are sharded, or whole for the moment only."""
-    shards = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    shards = any(map(is_sharded, model.parameters()))
     return shards or any(hasattr(module, "_get_fsdp_state") for module in model.modules())
 
 
 def _meshes(model: nn.Module) -> list[Any]:
     """The device meshes of sharded parameters, and of those that fully_shard has made whole by now."""
-    found = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
+    found = [cast("Any", p).device_mesh for p in model.parameters() if is_sharded(p)]
     states = [getattr(module, "_get_fsdp_state", lambda: None)() for module in model.modules()]
     groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", [])]
     return [*found, *(group.mesh_info.mesh for group in groups)]

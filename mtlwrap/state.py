@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,11 @@ class WideBuffers(nn.Module):
         return self
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds a part of the tensor only, as with ``fully_shard``."""
+    return hasattr(tensor, "device_mesh")
+
+
 @contextmanager
 def whole_parameters(module: nn.Module) -> Iterator[None]:
     """Parameters that are sharded over several processes are whole, plain tensors here; all processes come by.
@@ -32,10 +37,10 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
         (owner, name, parameter)
         for owner in module.modules()
         for name, parameter in owner._parameters.items()
-        if parameter is not None and hasattr(parameter, "full_tensor")
+        if parameter is not None and is_sharded(parameter)
     ]
     for owner, name, parameter in sharded:
-        owner._parameters[name] = parameter.full_tensor()
+        owner._parameters[name] = cast("Any", parameter).full_tensor()
     try:
         yield
     finally:
@@ -43,15 +48,15 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
             owner._parameters[name] = parameter
 
 
-def beside(tensor: Tensor, parameter: Tensor) -> Tensor:
+def beside(tensor: Tensor, parameter: Any) -> Tensor:
     """A tensor that all processes have alike, sharded as the parameter is, if it is; then in its type."""
     tensor = tensor.to(parameter.dtype)
-    if not hasattr(parameter, "device_mesh"):
+    if not is_sharded(parameter):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate  # not every build of torch has it
 
     replicated = DTensor.from_local(tensor, parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim)
-    return replicated.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    return replicated.redistribute(placements=parameter.placements)
 
 
 def _widened(before: Tensor, after: Tensor | None) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,3 +134,15 @@ def task_gradients(losses: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[l
 
 def grads(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+
+
+class Normalised(torch.autograd.Function):
+    """What it passes back depends on all of the gradient: of nothing it is not a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient / gradient.norm()

@@ -29,7 +29,7 @@ from mtlwrap import (
     cached,
 )
 from tests.balancers.zoo import paper_weights
-from tests.common import DEVICE, grads, make_backbone, make_heads, make_input, make_losses, task_gradients
+from tests.common import DEVICE, Normalised, grads, make_backbone, make_heads, make_input, make_losses, task_gradients
 
 needs_a_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler"
@@ -266,18 +266,6 @@ def test_gradients_can_be_asked_for() -> None:
         model.backward(make_losses(model(x)))
         assert_close(model.task_gradients.gramian, rows @ rows.T)
         assert_close(model.task_gradients.matrix, rows)
-
-
-class Normalised(torch.autograd.Function):
-    """What it passes back depends on all of the gradient: of nothing it is not a number."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient / gradient.norm()
 
 
 class Strict(Normalised):

@@ -1,8 +1,6 @@
 """The balancers: one method, one file. What stands in ``__all__`` here the package exports."""
 
-from inspect import signature
-
-from mtlwrap.balancers.base import Balancer, GradientBalancer, LossBalancer
+from mtlwrap.balancers.base import Balancer, GradientBalancer, LossBalancer, needs_options
 from mtlwrap.balancers.compose import Compose
 from mtlwrap.balancers.dwa import DWA
 from mtlwrap.balancers.equal import EqualWeighting
@@ -63,8 +61,8 @@ def by_name(name: str) -> Balancer:
     known: dict[str, type[Balancer]] = {_plain(kind.__name__): kind for kind in _METHODS} | _SHORT
     method = known.get(_plain(name))
     if method is None:
-        simple = ", ".join(kind.__name__ for kind in _METHODS if not _needs_options(kind))
-        others = ", ".join(f"{kind.__name__}(...)" for kind in _METHODS if _needs_options(kind) and kind is not TorchJD)
+        simple = ", ".join(kind.__name__ for kind in _METHODS if not needs_options(kind))
+        others = ", ".join(f"{kind.__name__}(...)" for kind in _METHODS if needs_options(kind) and kind is not TorchJD)
         raise ValueError(
             f"balancer: no balancer is called {name!r}; by name there are {simple}. Those with options that have no "
             f"default are made as objects: {others}; so are TorchJD's: TorchJD(UPGrad())."
@@ -73,11 +71,6 @@ def by_name(name: str) -> Balancer:
         return method()
     except TypeError as error:
         raise ValueError(f"balancer: {method.__name__} needs options; make it and pass the object. ({error})") from None
-
-
-def _needs_options(kind: type[Balancer]) -> bool:
-    parameters = signature(kind).parameters.values()
-    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 def _plain(name: str) -> str:

@@ -204,8 +204,13 @@ def described(value: object) -> str:
         return name
     if not issubclass(kind, Balancer) or inspect.isabstract(kind):
         return f"the class {name}"
-    needs = any(p.default is p.empty for p in inspect.signature(kind).parameters.values())
-    return f"the class {name}; make one: {name}({'...' if needs else ''})"
+    return f"the class {name}; make one: {name}({'...' if needs_options(kind) else ''})"
+
+
+def needs_options(kind: type[Balancer]) -> bool:
+    """Whether a balancer has options without a default."""
+    parameters = inspect.signature(kind).parameters.values()
+    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 def unbound(balancer: Balancer) -> ValueError:

@@ -16,7 +16,7 @@ from torchjd.aggregation import GradDrop, PCGrad, Random
 from torchjd.scalarization import Random as RandomScalarizer
 
 from mtlwrap import IMTLG, IMTLL, ExcessMTL, MultiTaskModel, TorchJD
-from tests.common import make_backbone, make_heads, make_input, make_losses
+from tests.common import Normalised, make_backbone, make_heads, make_input, make_losses
 from tests.processes.training import Spec, close, make, whole, wrapped
 
 # Predictions of each rank that is served, for the n-th batch of this step; or of only one, by one head.
@@ -312,18 +312,6 @@ def test_layers_that_communicate_in_the_backward(pools, where, mode, tasks):
         assert got.keys() == wanted.keys()
         for name, value in wanted.items():
             close(got[name], value, 1e-9, name)
-
-
-class Normalised(torch.autograd.Function):
-    """Its gradient has a norm of one, or is not a number."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient / gradient.norm()
 
 
 class Unit(nn.Module):
