@@ -35,11 +35,12 @@ class Heads(nn.Module):
             self.add_module(key, head)
         if not self._keys:
             raise ValueError("heads: expected at least one head, got none.")
+        self._tasks = tuple(self._keys)
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks' names; for a sequence ``"0"``, ``"1"``, ..."""
-        return tuple(self._keys)
+        return self._tasks
 
     def position(self, task: int | str) -> int:
         """The position of a task given by name, or by position, from the end if negative.

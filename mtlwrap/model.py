@@ -111,6 +111,7 @@ class MultiTaskModel(nn.Module):
         self.balancer = balancer  # type: ignore[assignment]  # __setattr__ makes it one
         self._junction = Junction(self.heads.tasks, bool(weigh_heads), Peers(process_group))
         self._watch = Watch()
+        self._is_replica = False  # DataParallel says so of those that it makes
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As for any module; but a balancer, also one that replaces another, is told the number of tasks."""
@@ -163,7 +164,7 @@ class MultiTaskModel(nn.Module):
         else:
             # Compiled code gets them all at once, for it cannot look into what the junction does.
             lazily = not torch.compiler.is_compiling()
-            several = is_distributed() or getattr(self, "_is_replica", False)
+            several = is_distributed() or self._is_replica
             if several and torch.is_grad_enabled():
                 self._junction.meet(self)
             own = self._junction.fork(representation, self.balancer, chosen, self._shared(), lazily=lazily)
@@ -317,10 +318,13 @@ class MultiTaskModel(nn.Module):
         """The parameters to balance the gradients on, if that is not the representation."""
         if not isinstance(self._exact, Parameters) or not self.balancer.sees_gradients:
             return None
-        shared = [p for p in self.backbone.parameters() if p.requires_grad]
+        # In one go: to look for the parameters takes as long as a small layer, and so does it for the modules.
+        modules = list(self.backbone.modules())
+        own = (parameter for module in modules for parameter in module._parameters.values())
+        shared = [p for p in dict.fromkeys(own) if p is not None and p.requires_grad]
         # With nothing to train in the backbone what is left is the gradient on its input, by way of the representation.
         # Hooks of modules, other than full ones, sit at nodes that keep them to themselves.
-        hooked = any(module._backward_hooks and not module._is_full_backward_hook for module in self.backbone.modules())
+        hooked = any(module._backward_hooks and not module._is_full_backward_hook for module in modules)
         return Exact(shared, self.schedule, self._exact.vectorize, whole=hooked) if shared else None
 
     def _positions(self, tasks: int | str | Iterable[int | str] | None) -> list[int]:

@@ -9,6 +9,7 @@ balances. A fork that finds none is a plain sum: in a backward pass that did not
 wrapper is not there.
 """
 
+import inspect
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -332,6 +333,10 @@ class ForkNode(torch.autograd.Function):
         return ForkNode.apply(state, *tensors), in_dims[1 : 1 + state.num_tensors] * state.copies
 
 
+# torch asks for it in each forward, and would make it anew.
+ForkNode.forward.__signature__ = inspect.signature(ForkNode.forward)  # type: ignore[attr-defined]
+
+
 class LossesNode(torch.autograd.Function):
     """Forward: the losses as one vector. Backward: notes the factor with which each enters the total.
 
@@ -359,7 +364,8 @@ class LossesNode(torch.autograd.Function):
                 gradient = gradient * running.decision.head_factors.to(gradient)
         returned = zip(ctx.order.only_here(gradient.unbind()), ctx.like, strict=True)
         nothing = [gradient.new_zeros((), dtype=dtype, device=device) for dtype, device in ctx.tokens]
-        return None, None, *nothing, *(g.to(dtype=dtype, device=device) for g, (dtype, device) in returned)
+        kind = gradient.dtype, gradient.device
+        return None, None, *nothing, *(g if like == kind else g.to(like[1], like[0]) for g, like in returned)
 
 
 class ScalarNode(torch.autograd.Function):
@@ -393,10 +399,13 @@ def plain_sum(part: Sequence[Tensor | None]) -> Tensor | None:
 
 def vector_of(losses: Sequence[Tensor]) -> Tensor:
     """The losses as one detached vector, in float32 or wider, on the device of the first."""
-    wide = torch.float32
-    for loss in losses:
-        wide = torch.promote_types(wide, loss.dtype)
-    return torch.stack([loss.detach().to(device=losses[0].device, dtype=wide) for loss in losses])
+    device, wide = losses[0].device, torch.float32
+    for dtype in {loss.dtype for loss in losses}:
+        wide = torch.promote_types(wide, dtype)
+    with torch.no_grad():
+        return torch.stack(
+            [loss if loss.dtype == wide and loss.device == device else loss.to(device, wide) for loss in losses]
+        )
 
 
 def _any(part: Sequence[Tensor | None]) -> bool:

@@ -2,22 +2,40 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+# Neither is public. The first hides a function from the compiler as torch.compiler.disable does, but imports the
+# compiler, which takes longer than torch itself, no sooner than it is needed. The second is None where none looks on.
+_hidden = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+_frame_hooks = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+_looking_on = getattr(_frame_hooks, "get_eval_frame_callback", lambda: True)
+
 
 def opaque(function: _Function) -> _Function:
-    """Run ``function`` as it is inside compiled code: traced, its Python state would be that of the first step."""
-    return cast("_Function", torch.compiler.disable(function))
+    """Run ``function`` as it is inside compiled code: traced, its Python state would be that of the first step.
+
+    Where no compiler looks on, it is called without the detour, which takes longer than many of these functions.
+    """
+    hidden = _hidden(function)
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # Code that is being compiled stops at the first condition, a frame that the compiler met by itself at the next.
+        if torch.compiler.is_compiling() or _looking_on() is not None:
+            return hidden(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast("_Function", run)
 
 
 def transforming() -> bool:
     """Whether a transform of torch.func is running, under which nothing may be written in place."""
-    stack = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
-    return stack() is not None
+    return _interpreter() is not None
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -25,3 +43,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+# Not public either; without it nothing is being transformed, as far as is known.
+_interpreter = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)

@@ -146,3 +146,12 @@ def test_who_cannot_run_is_left_out_with_the_reason(capsys, monkeypatch):
     assert [result.reason is None for result in outcome.results[2]] == [True, True]
     assert [result.reason is None for result in outcome.results[3]] == [True, False]
     assert "- capped: too slow, not run with more than 2 tasks (T = 3)" in capsys.readouterr().out
+
+
+def test_another_baseline(capsys):
+    arguments = ["--quick", "--problems", "many", "--contenders", "IMTLG", "--baseline", "UW", "--device", str(DEVICE)]
+    (outcome,) = step_time.main(arguments)
+    baseline, other = outcome.results[3]
+    assert (baseline.contender, other.contender) == ("UW", "IMTLG")
+    assert set(baseline.ratios) == {1.0}
+    assert "time of a step over that of UW" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from tests.benchmarks.contenders import CannotRunError, Contender, Runner
 from tests.benchmarks.problems import Problem
 
-# A contender whose step takes this many times as long as the plain one's runs in the first rounds only: there is no
+# A contender whose step takes this many times as long as the first one's runs in the first rounds only: there is no
 # doubt about its ratio, and it would take most of the benchmark's time.
 SLOW = 3.0
 ROUNDS_OF_THE_SLOW = 2
@@ -31,9 +31,9 @@ class Result:
         ours: whether it is a balancer of mtlwrap.
         num_tasks: the number of tasks.
         seconds: the times of its steps.
-        ratios: those times over the plain step's of the same round.
+        ratios: those times over the baseline's of the same round.
         peak: bytes in use at the peak of a step, beyond what was in use when it began.
-        extra: by how much that is more than the plain step's.
+        extra: by how much that is more than the baseline's.
         gradient: bytes of the gradient of one task on z.
         reason: why it did not run.
     """

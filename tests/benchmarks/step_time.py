@@ -4,7 +4,8 @@ Run it with ``python -m tests.benchmarks.step_time``; ``--help`` lists the optio
 backward. In each round every contender runs one step, in random order, and its time is divided by that of the plain
 step of the same round; the table shows the median of these ratios. So what slows down the machine for a while slows
 down both. Who takes more than 3 times as long as the plain step runs in 2 rounds only. Python's garbage collector is
-off in a round.
+off in a round. ``--baseline`` puts another in the plain step's place: ``--baseline torchjd:IMTLG --contenders
+IMTLG-parameters`` compares the two ways to gradients on the shared parameters.
 
 Memory is the peak of what torch allocates in a step, minus that of the plain step, in multiples of the gradient of one
 task on the representation z. A gradient balancer must hold one of these per task at once; its bar is T and a tenth.
@@ -64,11 +65,13 @@ class Outcome:
         problem: its name.
         results: for each number of tasks, those of the contenders, in order.
         rotated: what of z the contenders that rotate it have rotated.
+        baseline: who they were compared with.
     """
 
     problem: str
     results: dict[int, list[Result]]
     rotated: str
+    baseline: str
 
     def rows(self) -> Iterable[tuple[str, list[Result]]]:
         """For each contender its name and its results, one per number of tasks."""
@@ -131,7 +134,10 @@ def _argument_parser() -> argparse.ArgumentParser:
         choices=names,
         default=names,
         metavar="NAME",
-        help=f"by default all: {_listed(names)}; plain always runs",
+        help=f"by default all: {_listed(names)}; the baseline always runs",
+    )
+    parser.add_argument(
+        "--baseline", choices=names, default="plain", metavar="NAME", help="compared with whom, by default plain"
     )
     parser.add_argument("--threads", type=_positive, default=1, help="of torch on the CPU, by default %(default)s")
     parser.add_argument(
@@ -185,7 +191,7 @@ def _processor() -> str:
 
 
 def _run(name: str, options: argparse.Namespace) -> Outcome:
-    chosen = _chosen(options.contenders)
+    chosen = _chosen(options.contenders, options.baseline)
     rounds = options.rounds or (_QUICK_ROUNDS if options.quick else _ROUNDS[name])
     results = {}
     for num_tasks in options.tasks or (_QUICK_TASKS if options.quick else _MANY_TASKS if name == "many" else _TASKS):
@@ -193,12 +199,13 @@ def _run(name: str, options: argparse.Namespace) -> Outcome:
         # disable=None: no bar where there is no terminal
         with tqdm(total=rounds * len(chosen), desc=f"{name}, T = {num_tasks}", disable=None, leave=False) as progress:
             results[num_tasks] = measure(problem, chosen, rounds, options.warmup, progress.update)
-    return Outcome(name, results, problem.rotation.words)
+    return Outcome(name, results, problem.rotation.words, options.baseline)
 
 
-def _chosen(names: Sequence[str]) -> list[Contender]:
-    """In the usual order, and the baseline always."""
-    return [contender for contender in contenders() if contender.name in {"plain", *names}]
+def _chosen(names: Sequence[str], baseline: str) -> list[Contender]:
+    """The baseline, then the others in the usual order."""
+    known = {contender.name: contender for contender in contenders()}
+    return [known[baseline], *(known[name] for name in known if name in names and name != baseline)]
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -206,9 +213,10 @@ def _chosen(names: Sequence[str]) -> list[Contender]:
 
 def _show(console: Console, outcome: Outcome) -> None:
     console.print(f"\n{outcome.problem}: {PROBLEMS[outcome.problem].__doc__}", highlight=False, markup=False)
-    console.print(f"\n{outcome.problem}: time of a step over the plain step's, median and quartiles, and median in ms")
+    over = f"over that of {outcome.baseline}"
+    console.print(f"\n{outcome.problem}: time of a step {over}, median and quartiles, and median in ms")
     console.print(_table(outcome, _time))
-    console.print(f"{outcome.problem}: peak memory beyond the plain step's in gradients on z, and the peak in bytes")
+    console.print(f"{outcome.problem}: peak memory {over}, in gradients on z, and the peak in bytes")
     console.print(_table(outcome, _memory))
     for line in _notes(outcome):
         console.print(line, highlight=False)
