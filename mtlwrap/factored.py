@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from mtlwrap.gradients import weighted_sum
 from mtlwrap.probe import nodes_behind, pull_back
 from mtlwrap.processes import Ranks
 from mtlwrap.rows import Rows, spread
 from mtlwrap.surroundings import without_autocast
+from mtlwrap.vectors import weighted_sum
 
 # Measured on a CPU, in the time that a product of matrices takes for one multiplication: a multiplication of a QR
 # decomposition; inner products, for each number of a row; all that is called for a layer besides.

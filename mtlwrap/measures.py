@@ -6,7 +6,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from mtlwrap.gradients import TaskGradients, widest_dtype
+from mtlwrap.gradients import TaskGradients
+from mtlwrap.vectors import widest_dtype
 
 
 class Measures:

@@ -23,13 +23,14 @@ from mtlwrap.balancers.base import Balancer
 from mtlwrap.connection import Connection, zeros_of
 from mtlwrap.exact import Exact
 from mtlwrap.factored import FactoredRows
-from mtlwrap.gradients import TaskGradients, completed, plain, widest
+from mtlwrap.gradients import TaskGradients
 from mtlwrap.outcome import Report
 from mtlwrap.passes import Decision, Order, Pass, graph_task_id, keeps_graph, remember
 from mtlwrap.probe import wants_the_pass
 from mtlwrap.rows import Rows
 from mtlwrap.step import current_scope
 from mtlwrap.surroundings import opaque, without_autocast
+from mtlwrap.vectors import completed, plain, widest
 
 
 class Owner(Protocol):

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtlwrap.gradients import TaskGradients, Unmade, plain
+from mtlwrap.gradients import TaskGradients, Unmade
 from mtlwrap.processes import Ranks
+from mtlwrap.vectors import plain
 
 
 def unknown_graph_task() -> int:

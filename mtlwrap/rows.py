@@ -6,8 +6,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from mtlwrap.gradients import plain, weighted_sum
 from mtlwrap.processes import Ranks
+from mtlwrap.vectors import plain, weighted_sum
 
 
 class Rows:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mtlwrap.checks import integer
-from mtlwrap.gradients import TaskGradients, widest
+from mtlwrap.gradients import TaskGradients
 from mtlwrap.state import WideBuffers
 from mtlwrap.surroundings import transforming
+from mtlwrap.vectors import widest
 
 
 class Balancer(WideBuffers, ABC):

@@ -10,7 +10,8 @@ from mtlwrap.balancers.base import GradientBalancer, constant, select, unbound
 from mtlwrap.balancers.first_losses import FirstLosses
 from mtlwrap.balancers.norm_objective import logit_gradients, pulls, relative_rates
 from mtlwrap.checks import at_least_zero, is_number, ordered
-from mtlwrap.gradients import TaskGradients, widest
+from mtlwrap.gradients import TaskGradients
+from mtlwrap.vectors import widest
 
 
 class GradNorm(GradientBalancer):

@@ -115,10 +115,10 @@ def _inverse(cosines: Tensor, usable: Tensor, ridge: float) -> Tensor:
 
 def _solution(cosines: Tensor, usable: Tensor, ridge: float) -> Tensor:
     """The w with C w = 1 on the usable tasks and 0 elsewhere."""
-    inverse, ones = _inverse(cosines, usable, ridge), torch.ones_like(cosines[0])
+    inverse = _inverse(cosines, usable, ridge)
     w = inverse.sum(1)
     for _ in range(_REFINEMENTS):
-        w = torch.addmv(w, inverse, torch.addmv(ones, cosines, w, alpha=-1))
+        w = w + inverse @ (1.0 - cosines @ w)
     return w
 
 

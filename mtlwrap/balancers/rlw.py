@@ -9,7 +9,7 @@ from torch import Tensor
 from mtlwrap.balancers.base import LossBalancer, select
 from mtlwrap.balancers.loss_state import learns, wide
 from mtlwrap.checks import integer, positive
-from mtlwrap.gradients import widest_dtype
+from mtlwrap.vectors import widest_dtype
 
 _BITS = (1 << 64) - 1
 # The constants of splitmix64: how far apart the counters are, and the two factors of its finalizer, as Stafford's

@@ -9,8 +9,9 @@ from torch import Tensor
 from mtlwrap.balancers.base import GradientBalancer, unbound
 from mtlwrap.balancers.first_losses import FirstLosses
 from mtlwrap.checks import flag, integer, is_integer
-from mtlwrap.gradients import TaskGradients, widest
+from mtlwrap.gradients import TaskGradients
 from mtlwrap.rotations import Rotations
+from mtlwrap.vectors import widest
 
 
 class RotateOnly(GradientBalancer):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from mtlwrap.balancers.norm_objective import logit_gradients, pulls, relative_rates
 from mtlwrap.balancers.rotate_only import RotateOnly
 from mtlwrap.checks import at_least_zero
-from mtlwrap.gradients import TaskGradients, widest
+from mtlwrap.gradients import TaskGradients
+from mtlwrap.vectors import widest
 
 
 class RotoGradNorm(RotateOnly):

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mtlwrap import MultiTaskModel, cached, gradients
+from mtlwrap import MultiTaskModel, cached, vectors
 from tests.common import BALANCERS, make_input, make_losses, make_model
 
 
@@ -24,7 +24,7 @@ class WithoutFloat64(TorchDispatchMode):
 
 @pytest.fixture
 def no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "has_float64", lambda device: False)
+    monkeypatch.setattr(vectors, "has_float64", lambda device: False)
 
 
 def trained(name: str, steps: int = 5) -> MultiTaskModel:
