@@ -25,7 +25,8 @@ def opaque(function: _Function) -> _Function:
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        # Code that is being compiled stops at the first condition, a frame that the compiler met by itself at the next.
+        # Code that is being compiled never comes past the first condition. The second is a safeguard: for a frame that
+        # the compiler gave up, while it looks at whatever is called from there.
         if torch.compiler.is_compiling() or _looking_on() is not None:
             return hidden(*args, **kwargs)
         return function(*args, **kwargs)
