@@ -42,8 +42,7 @@ class TaskGradients:
 
     Inner products are accumulated in float64 (float32 on devices that have no float64), whatever the gradients'
     own precision and whatever precision is allowed for matrix products elsewhere: a sum of squares of float32
-    numbers then neither overflows nor loses the small ones. On a CPU long float32 gradients of four tasks or more are
-    multiplied in float32, brought to a size of about one, and every 512 products are added up in float64.
+    numbers then neither overflows nor loses the small ones.
 
     Args:
         matrix: the gradients as rows, ``[T, n]``, floating point.
@@ -388,7 +387,9 @@ class TaskGradients:
             for part, layout in zip(parts, layouts, strict=True):
                 rows = [None if g is None else layout.flatten(g.detach()) for g in part]
                 add_gramian(total, rows)
-            return total
+            # On some processors a product of a matrix with its own transpose is symmetric but for rounding. That would
+            # tell parallel gradients apart.
+            return (total + total.T) / 2
 
     def _parts_of_products(self) -> tuple[list[list[Tensor | None]], list["_Layout"]]:
         if self._unmade is None or "_parts" in vars(self):
