@@ -13,7 +13,6 @@ from mtlwrap.nodes import (
     ForkState,
     decided_weights,
     needed,
-    plain_sum,
     raw_weights,
     scaled_own,
     shared_gradient,
@@ -23,6 +22,7 @@ from mtlwrap.nodes import (
 from mtlwrap.passes import Decision, Pass
 from mtlwrap.probe import pull_back
 from mtlwrap.rows import Rows
+from mtlwrap.vectors import plain_sum, summed_over_batches
 
 
 def decide(
@@ -96,7 +96,7 @@ def _weigh_jointly(
     exact = first.exact
     if exact is None:
         if len(on_z) > 1:
-            summed, ranks = _summed_over_batches(arrived), running.order.ranks
+            summed, ranks = _checked_sums(arrived), running.order.ranks
             if ranks is not None:
                 summed = ranks.mean_parts(summed, first.offsets())
             seen = running.task_gradients(summed, of_all=True)
@@ -142,7 +142,7 @@ def _add_auxiliary(auxiliary: Tensor, scale: Tensor, fork: ForkState, shared: li
         shared[index] = plain_sum([*found[index :: fork.num_tensors], shared[index]])
 
 
-def _summed_over_batches(arrived: dict[ForkState, list[list[Tensor | None]]]) -> list[list[Tensor | None]]:
+def _checked_sums(arrived: dict[ForkState, list[list[Tensor | None]]]) -> list[list[Tensor | None]]:
     """The tasks' gradients of several batches, summed over each: those on an offset of the representation.
 
     Raises:
@@ -157,12 +157,4 @@ def _summed_over_batches(arrived: dict[ForkState, list[list[Tensor | None]]]) ->
             f"To balance batches jointly their representations must agree in all but the number of samples, got "
             f"{listed}."
         )
-    first = next(iter(arrived))
-    return [
-        [plain_sum([_batch_sum(parts[index][task]) for parts in arrived.values()]) for task in range(first.num_tasks)]
-        for index in range(first.num_tensors)
-    ]
-
-
-def _batch_sum(gradient: Tensor | None) -> Tensor | None:
-    return gradient if gradient is None or gradient.dim() == 0 else gradient.sum(0, keepdim=True)
+    return summed_over_batches(list(arrived.values()))

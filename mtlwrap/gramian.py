@@ -11,8 +11,8 @@ _BLOCK = 1 << 15
 def add_gramian(total: Tensor, rows: Sequence[Tensor | None]) -> None:
     """Add the inner products of equally long vectors to ``total``, in blocks that are converted to its precision.
 
-    Not in float32 first, however short the pieces: on some processors products of numbers of one sign are then so far off
-    that parallel vectors seem not to be parallel.
+    Not in float32 first, however short the pieces: on some processors products of numbers of one sign are then so far
+    off that parallel vectors seem not to be parallel.
     """
     row = next((row for row in rows if row is not None), None)
     if row is None:

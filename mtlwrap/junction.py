@@ -182,6 +182,7 @@ class Junction:
         order = self._order(here, chosen, found, balancer, read=read, passes_on=passes_on, is_idle=is_idle)
         order.is_mixed = is_mixed and aside is None
         found = found.taking_part(order.taking_part)
+        order.num_forks = len(found.forks)
         is_early = self._is_early(found, balancer, aside)  # where it raises, it does so in all processes
         if is_early:
             order.decide = partial(

@@ -209,7 +209,16 @@ class MultiTaskModel(nn.Module):
         return total
 
     def backward(self, losses: Losses, auxiliary: Tensor | None = None, *, retain_graph: bool | None = None) -> None:
-        """``scalarize(losses, auxiliary).backward(retain_graph=retain_graph)``: a balanced step."""
+        """``scalarize(losses, auxiliary).backward(retain_graph=retain_graph)``: a balanced step.
+
+        Raises:
+            TypeError, ValueError: as :meth:`scalarize` does; also under ``torch.no_grad``, where a total has no graph.
+        """
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                "backward under torch.no_grad or torch.inference_mode: expected gradients to be enabled, for what is "
+                "made of the losses there has no graph. For its value alone call scalarize."
+            )
         self.scalarize(losses, auxiliary).backward(retain_graph=retain_graph)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:

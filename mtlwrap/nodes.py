@@ -30,7 +30,7 @@ from mtlwrap.probe import wants_the_pass
 from mtlwrap.rows import Rows
 from mtlwrap.step import current_scope
 from mtlwrap.surroundings import opaque, without_autocast
-from mtlwrap.vectors import completed, plain, widest
+from mtlwrap.vectors import completed, plain, plain_sum, summed_over_batches, widest
 
 
 class Owner(Protocol):
@@ -133,6 +133,8 @@ class ForkState:
             shared = [plain_sum([plain(gradient) for gradient in part]) for part in parts]
         if running.order.is_mixed:
             self.report.fill(raw_weights(weights, gradients), None, None)
+        elif running.order.num_forks > 1:
+            self._report_batches(weights, gradients, counted, running)
         else:
             self._report(weights, gradients)
         return [*shared, *own]
@@ -189,6 +191,23 @@ class ForkState:
     def _report(self, weights: Tensor | None, gradients: TaskGradients) -> None:
         gradients.part()
         self.report.fill(raw_weights(weights, gradients), gradients, self.scope)
+
+    def _report_batches(
+        self, weights: Tensor | None, gradients: TaskGradients, parts: list[list[Tensor | None]], running: Pass
+    ) -> None:
+        """Where tasks have batches of their own, once all have come by: their gradients, summed over each batch."""
+        weights = raw_weights(weights, gradients)
+        self.report.fill(weights, None, None)
+        if self.scope is None:
+            return
+        running.batches[self] = parts
+        # Representations that differ in more than the number of samples cannot be compared.
+        if len(running.batches) == running.order.num_forks and self._are_alike(running.batches):
+            gradients = running.task_gradients(summed_over_batches(list(running.batches.values())), of_all=True)
+            self.report.fill(weights, gradients, self.scope)
+
+    def _are_alike(self, forks: Iterable["ForkState"]) -> bool:
+        return all(fork.feature_shapes() == self.feature_shapes() for fork in forks)
 
     def feature_shapes(self) -> list[torch.Size]:
         """The shape of each tensor of the representation but for the batch."""
@@ -387,15 +406,6 @@ class ScalarNode(torch.autograd.Function):
             station.leave(running)
         remember(ctx.order.passes, running)
         return None, None, gradient
-
-
-def plain_sum(part: Sequence[Tensor | None]) -> Tensor | None:
-    """What autograd itself would have added up, in the order in which it does: the last task first."""
-    total: Tensor | None = None
-    for gradient in reversed(part):
-        if gradient is not None:
-            total = gradient if total is None else total + gradient
-    return total
 
 
 def vector_of(losses: Sequence[Tensor]) -> Tensor:

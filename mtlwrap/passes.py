@@ -88,6 +88,8 @@ class Order:
         self.decide: Callable[[Tensor, Pass], Decision] | None = None
         # Whether what arrives at the forks is not the tasks' alone, and so not for showing.
         self.is_mixed = False
+        # How many forks the losses came from: several where tasks have batches of their own.
+        self.num_forks = 1
         # By graph task: several threads may run backward through one total.
         self.passes: dict[int, Pass] = {}
 
@@ -113,6 +115,8 @@ class Pass:
         self.scale = scale
         self.loss_factors: Tensor | None = None
         self.decision: Decision | None = None
+        # What arrived where tasks have batches of their own, by fork, for showing.
+        self.batches: dict[Any, list[list[Tensor | None]]] = {}
 
     def arrived(self, parts: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
         """The gradients that count, dense: what arrives of a task that takes no part does not.

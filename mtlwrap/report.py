@@ -28,8 +28,11 @@ __all__ = ["Recorder", "Run", "findings", "main", "report", "write_report"]
 _NEUTRAL = 0.05
 # A conflict below that is still one if it is there in so many of the records.
 _STEADY = 0.75
-# And if it is no smaller than this.
+# And if it is no smaller than this, and there are so many records.
 _FAINT = 0.002
+_MANY = 3
+# From this ratio on the longest gradient drowns the shortest.
+_FAR_APART = 10
 _PARTS = ("first", "second", "last")
 # With respect to what the tasks' gradients are.
 _WHERE = {
@@ -90,7 +93,10 @@ def report(records: Recorded, run: Run | None = None, *, title: str = "What the 
         f"<h2>{escape(heading)}</h2>\n" + "\n".join(f"<p>{escape(text)}</p>" for text in texts)
         for heading, texts in findings(known, details).items()
     )
-    about = f"{details.balancer}; {len(known.tasks)} tasks: {', '.join(known.tasks)}; {known.steps[-1]:g} steps."
+    about = (
+        f"{details.balancer}; {len(known.tasks)} tasks: {', '.join(known.tasks)}; {known.steps[-1]:g} steps in "
+        f"{len(known.steps)} records, each the mean of its steps."
+    )
     return _TEMPLATE.substitute(
         title=escape(title),
         about=escape(about),
@@ -166,19 +172,22 @@ def _disagreement(known: Records) -> list[str]:
     pairs = sorted(means, key=means.__getitem__)
     values = known.cosines[pairs[0]]
     names, lowest = _pair(pairs[0]), means[pairs[0]]
-    share = mean([value < 0 for value in values if math.isfinite(value)])
-    numbers = f"the mean cosine of their gradients is {signed(lowest)}, and it was below 0 in {100 * share:.0f} %"
+    finite = [value for value in values if math.isfinite(value)]
+    share = mean([value < 0 for value in finite])
+    numbers = f"the mean cosine of their gradients is {signed(lowest)}, and it was below 0 in {100 * share:.0f} % of "
+    numbers += f"the {len(finite)} records" if len(finite) > 1 else "the one record"
     if lowest < -_NEUTRAL:
-        texts = [f"{names} conflict most: {numbers} of the records."]
-    elif lowest < -_FAINT and share >= _STEADY:
+        texts = [f"{names} conflict most: {numbers}."]
+    elif lowest < -_FAINT and share >= _STEADY and len(finite) >= _MANY:
         texts = [
-            f"{names} conflict most, weakly but steadily: {numbers} of the records. Gradients so close to a right "
-            "angle hardly hold each other up, so that little is to be won by balancing them."
+            f"{names} conflict most, weakly but steadily: {numbers}. Gradients so close to a right angle hardly hold "
+            "each other up: it is not for their directions that one would balance them, though perhaps for their "
+            "lengths."
         ]
     elif lowest < _NEUTRAL:
-        texts = [f"No two tasks conflict on average. {names} agree least: {numbers} of the records."]
+        texts = [f"No two tasks conflict clearly. {names} agree least: {numbers}."]
     else:
-        texts = [f"The tasks agree. Even {names} do, who agree least: {numbers} of the records."]
+        texts = [f"The tasks agree. Even {names} do, who agree least: {numbers}."]
     texts += _when(known.steps, values)
     texts += [f"After them come {_pair(pair)} ({signed(means[pair])})." for pair in pairs[1:2]]
     if len(pairs) > 1:
@@ -227,8 +236,17 @@ def _decision(known: Records) -> list[str]:
     norms = {task: mean(values) for task, values in known.norms.items()}
     if len(norms) > 1:
         most, least = max(norms, key=norms.__getitem__), min(norms, key=norms.__getitem__)
-        ratio = f", {norms[most] / norms[least]:.3g} times that of “{least}”" if norms[least] > 0 else ""
-        texts.append(f"Before weighing, “{most}” had the longest gradient on average{ratio}.")
+        ratio = norms[most] / norms[least] if norms[least] > 0 else math.nan
+        times = f", {ratio:.3g} times that of “{least}”" if norms[least] > 0 else ""
+        texts.append(
+            "With the losses as the balancer scaled them, if it did, and before it weighed gradients, "
+            f"“{most}” had the longest gradient on average{times}."
+        )
+        if ratio >= _FAR_APART:
+            texts.append(
+                "So far apart, the longest drowns the shortest under a plain sum: standardise its target, or balance "
+                "the lengths."
+            )
     return texts
 
 
@@ -254,16 +272,21 @@ def _cost(run: Run) -> list[str]:
 
 def _alone(run: Run) -> list[str]:
     rows = [row for row in _comparison(run) if math.isfinite(row[-1])]
+    unclear = [name for name in _names(run) if name not in run.higher_is_better]
+    texts = []
+    if unclear:
+        texts.append(f"Whether higher is better was not said of {', '.join(unclear)}: see higher_is_better of Run.")
     if not rows:
-        return ["There are no results of single-task training to compare with."]
+        return texts or ["There are no results of single-task training to compare with."]
     by_task: dict[str, list[float]] = {}
     for task, *_, change in rows:
         by_task.setdefault(task, []).append(change)
     total = mean([mean(changes) for changes in by_task.values()])
     word = "better" if total >= 0 else "worse"
-    texts = [
-        f"Trained together the tasks are {abs(total):.1f} % {word} than each alone, on average (Δm = {total:+.1f} %)."
-    ]
+    texts.insert(
+        0,
+        f"Trained together the tasks are {abs(total):.1f} % {word} than each alone, on average (Δm = {total:+.1f} %).",
+    )
     for task, name, here, single, change in rows:
         word = "better" if change >= 0 else "worse"
         texts.append(f"“{task}”: {name} {here:.4g} here, {single:.4g} alone, {abs(change):.1f} % {word}.")
@@ -280,10 +303,16 @@ def _comparison(run: Run) -> list[tuple[str, str, float, float, float]]:
     for task, metrics in run.metrics.items():
         for name, here in metrics.items():
             single = run.single.get(task, {}).get(name, math.nan)
-            sign = 1 if run.higher_is_better.get(name, True) else -1
-            change = 100 * sign * (here - single) / abs(single) if single else math.nan
+            is_known = name in run.higher_is_better and single
+            change = 100 * (here - single) / abs(single) if is_known else math.nan
+            change = change if run.higher_is_better.get(name, True) else -change
             rows.append((task, name, here, single, change))
     return rows
+
+
+def _names(run: Run) -> list[str]:
+    """The names of the metrics that can be compared."""
+    return list(dict.fromkeys(name for task, metrics in run.metrics.items() for name in metrics if task in run.single))
 
 
 def _pair(pair: tuple[str, str]) -> str:

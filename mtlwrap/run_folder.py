@@ -22,10 +22,14 @@ class Run:
         balancer: what balanced the tasks, in words.
         metrics: each task's metrics at the end, by task and then by name.
         single: the same of each task trained alone.
-        higher_is_better: for each metric's name whether higher is better; where it is not said, it is.
+        higher_is_better: for each metric's name whether higher is better; one of which it is not said is shown, but not
+            compared.
         seconds_per_step: the time of a step.
         plain_seconds_per_step: the time of a step under a plain sum of the losses.
         gradients: with respect to what the tasks' gradients were taken, "representation" or "parameters".
+
+    Raises:
+        TypeError: metrics are not mappings by task of mappings by name.
 
     Example:
         >>> import tempfile
@@ -42,6 +46,15 @@ class Run:
     seconds_per_step: float | None = None
     plain_seconds_per_step: float | None = None
     gradients: str | None = None
+
+    def __post_init__(self) -> None:
+        for field_name in ("metrics", "single"):
+            given = getattr(self, field_name)
+            if not isinstance(given, Mapping) or not all(isinstance(of_task, Mapping) for of_task in given.values()):
+                raise TypeError(
+                    f"{field_name}: expected numbers by task and then by name, {{'seg': {{'accuracy': 0.9}}}}, got "
+                    f"{given!r:.100}."
+                )
 
     def save(self, folder: str | Path) -> None:
         """Write what is known into a run folder; what a recorder noted there stays.

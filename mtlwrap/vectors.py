@@ -60,3 +60,24 @@ def completed(
         dtype, device = like
         filled[list(taking_part).index(True)] = torch.zeros((), dtype=dtype, device=device).expand(*shape)
     return filled
+
+
+def plain_sum(part: Sequence[Tensor | None]) -> Tensor | None:
+    """What autograd itself would have added up, in the order in which it does: the last task first."""
+    total: Tensor | None = None
+    for gradient in reversed(part):
+        if gradient is not None:
+            total = gradient if total is None else total + gradient
+    return total
+
+
+def summed_over_batches(batches: Sequence[Sequence[Sequence[Tensor | None]]]) -> list[list[Tensor | None]]:
+    """The tasks' gradients of several batches, by tensor and task, summed over each: those on an offset of it."""
+    return [
+        [plain_sum([_batch_sum(gradient) for gradient in of_task]) for of_task in zip(*of_tensor, strict=True)]
+        for of_tensor in zip(*batches, strict=True)
+    ]
+
+
+def _batch_sum(gradient: Tensor | None) -> Tensor | None:
+    return gradient if gradient is None or gradient.dim() == 0 else gradient.sum(0, keepdim=True)

@@ -96,6 +96,32 @@ def test_batches_of_their_own_are_balanced_jointly(make: Any, factor: float, sca
         assert_close(model.task_weights, factor * alpha, **CLOSE)
 
 
+@pytest.mark.parametrize(("make", "factor"), [(EqualWeighting, 1.0), (UW, 0.5), (IMTLG, 1.0)])
+@pytest.mark.parametrize("absent", ["", "b"])
+def test_what_is_shown_of_batches_of_their_own(make: Any, factor: float, absent: str) -> None:
+    """Whether or not the balancer looks at gradients: those of every task, summed over its batch."""
+    model = make_model(make())
+    found = by_task(model, batches())
+    sums = torch.stack([factor * task["z"].sum(0) * (name != absent) for name, task in found.items()])
+    for _ in range(2):  # the first time the losses are checked
+        with cached():
+            losses = joint_losses(model)
+            (1024.0 * model.scalarize({task: loss for task, loss in losses.items() if task != absent})).backward()
+            assert_close(model.task_gradients.gramian, sums @ sums.T, **CLOSE)
+        assert model.task_gradients is None
+
+
+def test_nothing_is_shown_of_batches_with_other_features() -> None:
+    widths = {"a": 2, "b": 3}
+    model = MultiTaskModel(nn.Linear(4, 6), {task: nn.Identity() for task in widths})
+    with cached():
+        first, second = (model(torch.randn(5, width, 4), tasks=task)[task] for task, width in widths.items())
+        model.backward({"a": first.sum(), "b": second.sum()})
+        assert model.task_gradients is None
+    assert model.task_weights.tolist() == [1.0, 1.0]
+    assert_close(model.backbone.bias.grad, torch.full((6,), 5.0 * (2 + 3)))
+
+
 def test_one_task_of_one_batch_is_absent() -> None:
     model = make_model(IMTLG())
     found = by_task(model, batches())

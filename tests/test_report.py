@@ -39,7 +39,7 @@ RUN = Run(
     "IMTL-G",
     metrics={"a": {"AUC": 0.9}, "b": {"error": 2.0}},
     single={"a": {"AUC": 0.75}, "b": {"error": 1.6}},
-    higher_is_better={"error": False},
+    higher_is_better={"AUC": True, "error": False},
     seconds_per_step=0.006,
     plain_seconds_per_step=0.004,
 )
@@ -72,7 +72,7 @@ def test_findings():
     found = findings(rows(), RUN)
     disagreement = " ".join(found[DISAGREE])
     assert "“a” and “b” conflict most: the mean cosine of their gradients is -0.30" in disagreement
-    assert "below 0 in 78 % of the records" in disagreement
+    assert "below 0 in 78 % of the 9 records" in disagreement
     assert "the last third, steps 61 to 90; from third to third it went from 0 to -0.30 to -0.60" in disagreement
     assert "“a” and “c” agree best (+0.50)" in disagreement
     assert "In 25 % of the steps" in disagreement
@@ -101,18 +101,51 @@ def test_what_is_not_known_is_said():
     [
         (-0.5, "conflict most"),
         (-0.01, "weakly but steadily"),
-        (-0.001, "No two tasks conflict on average"),
-        (0.0, "No two tasks conflict on average"),
+        (-0.001, "No two tasks conflict clearly"),
+        (0.0, "No two tasks conflict clearly"),
         (0.5, "The tasks agree"),
     ],
 )
 def test_it_does_not_make_up_conflicts(cosine, words):
-    text = findings([{"step": 1, "weight/a": 1.0, "weight/b": 1.0, "cosine/a/b": cosine}])
+    text = findings([{"step": step, "weight/a": 1.0, "weight/b": 1.0, "cosine/a/b": cosine} for step in (1, 2, 3)])
     assert words in text[DISAGREE][0]
+    assert "of the 3 records" in text[DISAGREE][0]
     assert "Nothing: every task's gradient had the weight 1" in text["What the balancer did about it"][0]
 
 
-@pytest.mark.parametrize(("below", "words"), [(3, "weakly but steadily"), (2, "No two tasks conflict on average")])
+def test_one_record_makes_nothing_steady():
+    (text, *_) = findings([{"step": 7, "cosine/a/b": -0.01}])[DISAGREE]
+    assert "No two tasks conflict clearly" in text
+    assert "below 0 in 100 % of the one record" in text
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(9.0, False), (11.0, True)])
+def test_lengths_far_apart_are_worth_balancing(ratio, said):
+    rows = [{"step": step, "norm/a": 1.0, "norm/b": ratio, "cosine/a/b": -0.01} for step in (1, 2, 3)]
+    texts = findings(rows)["What the balancer did about it"]
+    assert any(f"{ratio:g} times that of “a”" in text for text in texts)
+    assert any("drowns the shortest under a plain sum" in text for text in texts) is said
+
+
+def test_metrics_are_compared_only_where_the_better_is_known():
+    given = {"metrics": {"a": {"mae": 2.0, "AUC": 0.9}}, "single": {"a": {"mae": 1.0, "AUC": 0.9}}}
+    texts = findings([{"step": 1, "loss/a": 1.0}], Run(**given))[ALONE]
+    assert texts == ["Whether higher is better was not said of mae, AUC: see higher_is_better of Run."]
+    texts = findings([{"step": 1, "loss/a": 1.0}], Run(**given, higher_is_better={"mae": False}))[ALONE]
+    assert "Δm = -100.0 %" in texts[0]
+    assert any("not said of AUC" in text for text in texts)
+    page = report([{"step": 1, "loss/a": 1.0}], Run(**given))
+    assert "<td>mae</td><td>2</td><td>1</td><td>-</td>" in page
+
+
+@pytest.mark.parametrize("given", [{"a": 0.5}, [0.5], 0.5])
+def test_metrics_of_another_form_are_refused(given):
+    for name in ("metrics", "single"):
+        with pytest.raises(TypeError, match=f"{name}: expected numbers by task and then by name"):
+            Run(**{name: given})
+
+
+@pytest.mark.parametrize(("below", "words"), [(3, "weakly but steadily"), (2, "No two tasks conflict clearly")])
 def test_a_weak_conflict_is_one_from_three_records_in_four(below, words):
     cosines = [-0.04] * below + [0.01] * (4 - below)
     given = [{"step": step, "cosine/a/b": cosine} for step, cosine in enumerate(cosines, 1)]

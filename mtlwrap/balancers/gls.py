@@ -50,7 +50,7 @@ class GLS(LossBalancer):
         (4.0, tensor([1.0000, 0.2500]))
     """
 
-    def __init__(self, floor: float = 1e-8) -> None:
+    def __init__(self, *, floor: float = 1e-8) -> None:
         super().__init__()
         self.floor = positive("floor", floor)
 

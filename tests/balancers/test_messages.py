@@ -141,7 +141,7 @@ BY_TASK: dict[str, float] = {"a": 1.0, "b": 2.0}
         (lambda: FixedWeights([1.0, True]), r"weights\[1\]: expected a number, got True"),
         (lambda: FAMO(min_losses=[0.0, "1"]), r"min_losses: expected a number, or one per task, got \[0"),
         (lambda: FAMO(gamma=True), "gamma: expected a number, got True"),
-        (lambda: GLS(True), "floor: expected a number, got True"),
+        (lambda: GLS(floor=True), "floor: expected a number, got True"),
         (lambda: RLW(std=True), "std: expected a number, got True"),
         (lambda: RLW(seed=True), "seed: expected an int, got True"),
         (lambda: DWA(True), "steps_per_epoch: expected an int, got True"),
