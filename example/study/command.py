@@ -33,7 +33,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--seeds", type=seed, nargs="+", default=[0, 1, 2, 3, 4], metavar="SEED", help="by default 0 1 2 3 4")
     add("--workers", type=positive, default=2, metavar="N", help="processes of one thread, by default %(default)s")
     add(
-        "--out",
+        "--output",
         type=folder,
         default="study-results",
         metavar="FOLDER",
@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> str:
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(options.workers, mp_context=context, initializer=one_thread) as pool:
-            return study(chosen, methods, list(dict.fromkeys(options.seeds)), options.out, pool)
+            return study(chosen, methods, list(dict.fromkeys(options.seeds)), options.output, pool)
     except KeyboardInterrupt:
-        print(f"Stopped. What is done is in {options.out}; the same command goes on from there.", file=sys.stderr)
+        print(f"Stopped. What is done is in {options.output}; the same command goes on from there.", file=sys.stderr)
         sys.exit(130)  # as a shell says of what Ctrl-C ended
 
 
