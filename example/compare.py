@@ -91,8 +91,9 @@ def write_reports(runs: Sequence[Run], options: argparse.Namespace, console: Con
         folder = run_folder(options, run.method)
         if folder is not None:
             balancer = f"{run.method} ({type(run.trained.model.balancer).__name__})"
-            seconds = median(run.trained.seconds)
-            Details(balancer, final_metrics(run), single, {}, seconds, plain).save(folder)
+            metrics, seconds = final_metrics(run), median(run.trained.seconds)
+            higher_is_better = {name: True for of_task in metrics.values() for name in of_task}
+            Details(balancer, metrics, single, higher_is_better, seconds, plain).save(folder)
             console.print(
                 f"What the tasks did to each other under {run.method}: {write_report(folder)}", soft_wrap=True
             )

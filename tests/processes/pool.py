@@ -71,7 +71,15 @@ class Pool:
                 self.close()
                 raise AssertionError(f"ranks {sorted(awaited.values())} hang in {function.__name__}{args}")
             for pipe in ready:
-                outcomes[awaited.pop(pipe)] = pipe.recv()
+                rank = awaited.pop(pipe)
+                try:
+                    outcomes[rank] = pipe.recv()
+                except EOFError:
+                    process, _ = self._workers[rank]
+                    process.join()
+                    self.close()  # the next test has new ones
+                    message = f"rank {rank} ended in {function.__name__}{args}, with the exit code {process.exitcode}"
+                    raise AssertionError(message) from None
         return outcomes
 
     def close(self) -> None:
