@@ -1,5 +1,6 @@
 """Connects all predictions of a forward, so that a backward pass of several processes runs the same on each."""
 
+import weakref
 from contextlib import suppress
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ class Connection:
         self.tasks = tasks
         self.is_ordered = False
         self.is_spent = False
-        self._passes: dict[int, Pass] = {}
+        self._passes: weakref.WeakValueDictionary[int, Pass] = weakref.WeakValueDictionary()
 
     def leave(self, running: Pass) -> None:
         """Called by the scalar node: in this backward pass the heads run that have a loss in any process."""
@@ -34,6 +35,8 @@ class Connection:
     def awaited(self) -> list[bool]:
         """For each prediction, whether its head is to run in this backward pass though no loss here asks for it."""
         running = self._passes.pop(graph_task_id(), None)
+        if running is not None:
+            running.come_by()
         return [running is not None and running.order.running[task] for task in self.tasks]
 
 

@@ -81,7 +81,7 @@ class ForkState:
         self.connection: Connection | None = None
         self.is_ordered = False
         self.node: weakref.ref[Any] | None = None
-        self._passes: dict[int, Pass] = {}
+        self._passes: weakref.WeakValueDictionary[int, Pass] = weakref.WeakValueDictionary()
 
     @property
     def num_others(self) -> int:
@@ -100,7 +100,10 @@ class ForkState:
 
     def take(self) -> Pass | None:
         """Called by the fork: what was left in this very backward pass, not in one around it or one before."""
-        return self._passes.pop(graph_task_id(), None)
+        running = self._passes.pop(graph_task_id(), None)
+        if running is not None:
+            running.come_by()
+        return running
 
     def by_task(self, gradients: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
         """The arriving gradients, sorted: for each tensor of the representation, one entry per task."""
@@ -374,7 +377,7 @@ class LossesNode(torch.autograd.Function):
     @opaque
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (gradient,) = gradients
-        running = ctx.order.passes.pop(graph_task_id(), None)
+        running = ctx.order.passes.get(graph_task_id())
         if running is not None:
             running.loss_factors = gradient.detach() / torch.where(running.scale == 0, 1.0, running.scale)
             if running.order.decide is not None:
@@ -401,7 +404,7 @@ class ScalarNode(torch.autograd.Function):
     @opaque
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (gradient,) = gradients
-        running = Pass(ctx.order, gradient.detach())
+        running = Pass(ctx.order, gradient.detach(), len(ctx.stations))
         for station in ctx.stations:
             station.leave(running)
         remember(ctx.order.passes, running)

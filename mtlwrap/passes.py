@@ -3,7 +3,7 @@
 The names of torch used here that are not public each have a fall-back.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,8 @@ class Order:
         self.is_mixed = False
         # How many forks the losses came from: several where tasks have batches of their own.
         self.num_forks = 1
-        # By graph task: several threads may run backward through one total.
+        # By graph task: several threads may run backward through one total. Stations know them weakly: a decision ahead
+        # of the forks knows the graph, which must not be held by itself where a backward pass never arrives.
         self.passes: dict[int, Pass] = {}
 
     def only_here(self, gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -110,13 +111,20 @@ class Order:
 class Pass:
     """An order in one backward pass: what the total was multiplied with, and with what factor each loss came."""
 
-    def __init__(self, order: Order, scale: Tensor) -> None:
+    def __init__(self, order: Order, scale: Tensor, num_stations: int) -> None:
         self.order = order
         self.scale = scale
+        self._num_awaited = num_stations
         self.loss_factors: Tensor | None = None
         self.decision: Decision | None = None
         # What arrived where tasks have batches of their own, by fork, for showing.
         self.batches: dict[Any, list[list[Tensor | None]]] = {}
+
+    def come_by(self) -> None:
+        """Called at each station; after the last one nobody needs the pass any more."""
+        self._num_awaited -= 1
+        if self._num_awaited == 0:
+            self.order.passes.pop(graph_task_id(), None)
 
     def arrived(self, parts: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
         """The gradients that count, dense: what arrives of a task that takes no part does not.
@@ -149,7 +157,7 @@ class Pass:
         )
 
 
-def remember(passes: dict[int, Pass], running: Pass) -> None:
+def remember(passes: MutableMapping[int, Pass], running: Pass) -> None:
     """Note what belongs to the running backward pass."""
     passes[graph_task_id()] = running
     while len(passes) > _MOST_PASSES:

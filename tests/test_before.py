@@ -2,6 +2,9 @@
 predictions; and several losses to a task. Against brute force."""
 
 import copy
+import gc
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -426,3 +429,47 @@ def test_no_loss_among_several_is_no_loss() -> None:
     losses = make_losses(model(make_input()))
     model.backward([losses["a"], [None, None], losses["c"]])
     assert model.task_weights[1] == 0
+
+
+# ------------------------------------------------------------------------------------------- passes that never arrive
+
+
+def decides_early(x: Tensor, way: str) -> tuple[Tensor, list[nn.Parameter], Callable[[], None]]:
+    """A total whose decision comes before the forks, the parameters of the heads, and what spoils a head's backward."""
+    model = make_model(IMTLG(), weigh_heads=way == "weighed heads")
+    predictions = {**model(x, tasks="a"), **model(x[:2], tasks=["b", "c"])} if way == "batches" else model(x)
+
+    def fail(gradient: Tensor) -> None:
+        raise torch.OutOfMemoryError("pretended")
+
+    auxiliary = sum(p.square().mean() for p in predictions.values()) if way == "auxiliary" else None
+    total = model.scalarize(make_losses(predictions), auxiliary)
+    return total, list(model.head_parameters()), lambda: predictions["a"].register_hook(fail)
+
+
+@pytest.mark.parametrize("ends", ["with an error", "at the heads", "at the heads, twice"])
+@pytest.mark.parametrize("way", ["weighed heads", "auxiliary", "batches"])
+def test_a_backward_that_never_arrives_holds_nothing(way: str, ends: str) -> None:
+    x = make_input()
+    held = weakref.ref(x)
+    total, heads, spoil = decides_early(x, way)
+    if ends == "with an error":
+        spoil()
+        with pytest.raises(torch.OutOfMemoryError, match="pretended"):
+            total.backward()
+        torch.zeros((), requires_grad=True).backward()  # torch itself holds what waited when the error came, until then
+    else:
+        for _ in range(ends.count("twice") + 1):
+            torch.autograd.grad(total, heads, retain_graph=True)
+    del x, total, heads, spoil
+    gc.collect()
+    assert held() is None
+
+
+def test_passes_that_arrived_are_forgotten_while_the_graph_is_kept() -> None:
+    model = make_model(IMTLG(), weigh_heads=True)
+    total = model.scalarize(make_losses(model(make_input())))
+    for _ in range(3):
+        total.backward(retain_graph=True)
+    scalar_node = total.grad_fn
+    assert not scalar_node.order.passes
