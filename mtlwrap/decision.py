@@ -101,7 +101,7 @@ def _weigh_jointly(
                 summed = ranks.mean_parts(summed, first.offsets())
             seen = running.task_gradients(summed, of_all=True)
         return decided_weights(balancer, seen), seen
-    if exact.schedule is not None and not exact.schedule.is_due(taking_part):
+    if exact.schedule is not None and not exact.is_due(balancer, taking_part):
         return exact.schedule.reuse(seen.active), None
     rows = Rows(exact.parameters, taking_part)
     arrived = {fork: fork.with_zeros(parts, running) for fork, parts in arrived.items()}

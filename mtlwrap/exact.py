@@ -29,7 +29,8 @@ class Parameters:
 
     The ``.grad`` of several parameters may lie in one piece of memory, side by side: it is freed with the last of them.
     A hook of a tensor inside the backbone is called for each task with its gradient, and then once more with None, for
-    which it is to return None. With nothing to train in the backbone the gradients are those on the representation.
+    which it is to return None; one on the node of a wide linear layer (``y.grad_fn.register_hook``) does not see what
+    is not made. With nothing to train in the backbone the gradients are those on the representation.
 
     Args:
         refresh_every: weigh anew in every k-th step only, and whenever a task comes that had no part in the last
@@ -164,6 +165,10 @@ class Exact:
         for task in present:
             rows.add(pull_back(edges, [part[task] for part in parts], self.parameters))
         return rows
+
+    def is_due(self, balancer: Balancer, taking_part: Sequence[bool]) -> bool:
+        """Whether this step weighs anew: as the schedule says; in evaluation mode, where that does not move, always."""
+        return self.schedule is None or not balancer.training or self.schedule.is_due(taking_part)
 
     def prepare(self, balancer: Balancer) -> None:
         """Have the balancer allocate its state for gradients of this size, if it has any of that kind."""

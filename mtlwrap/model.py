@@ -115,6 +115,11 @@ class MultiTaskModel(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As for any module; but a balancer, also one that replaces another, is told the number of tasks."""
+        if name == "heads" and not isinstance(value, Heads):
+            raise TypeError(
+                f"heads: expected them to stay, got a {type(value).__name__} in their place. Make a new model of "
+                "backbone, heads and balancer."
+            )
         super().__setattr__(name, self._bound(value) if name == "balancer" else value)
         if name == "balancer" and self.schedule is not None:
             self.schedule.reset()  # the weights in it are those of another balancer

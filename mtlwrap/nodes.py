@@ -135,7 +135,7 @@ class ForkState:
         else:  # as autograd adds up half-precision gradients in the steps in which nobody looks at them
             shared = [plain_sum([plain(gradient) for gradient in part]) for part in parts]
         if running.order.is_mixed:
-            self.report.fill(raw_weights(weights, gradients), None, None)
+            self.report.fill(raw_weights(weights, gradients), None, self.scope)
         elif running.order.num_forks > 1:
             self._report_batches(weights, gradients, counted, running)
         else:
@@ -152,7 +152,7 @@ class ForkState:
         """
         taking_part = running.order.taking_part
         nothing: list[Tensor | None] = [None] * len(exact.parameters)
-        if exact.schedule is not None and not exact.schedule.is_due(taking_part):
+        if exact.schedule is not None and not exact.is_due(self.balancer, taking_part):
             weights = exact.schedule.reuse(on_z.active)
             # Without gradients: those on the parameters are not known now, and others would be mistaken for them.
             self.report.fill(raw_weights(weights, on_z), None, self.scope)
@@ -200,7 +200,7 @@ class ForkState:
     ) -> None:
         """Where tasks have batches of their own, once all have come by: their gradients, summed over each batch."""
         weights = raw_weights(weights, gradients)
-        self.report.fill(weights, None, None)
+        self.report.fill(weights, None, self.scope)
         if self.scope is None:
             return
         running.batches[self] = parts
@@ -294,7 +294,9 @@ def weighed_exactly(
     gradients = running.task_gradients(made, has_batch=False, of_all=True)
     weights = decided_weights(balancer, gradients)
     if exact.schedule is not None:
-        exact.schedule.keep(needed(weights, balancer, "refresh_every"), running.order.taking_part)
+        weights = needed(weights, balancer, "refresh_every")
+        if balancer.training:
+            exact.schedule.keep(weights, running.order.taking_part)
     return weights, gradients
 
 

@@ -17,9 +17,14 @@ class Report:
         self._scope: Scope | None = None
 
     @property
+    def was_watched(self) -> bool:
+        """Whether the last backward had a scope that is open still: without gradients then, there are none to show."""
+        return self._scope is not None and self._scope.is_open
+
+    @property
     def gradients(self) -> TaskGradients | None:
         """The task gradients, while the step's scope is open."""
-        return self._gradients if self._scope is not None and self._scope.is_open else None
+        return self._gradients if self.was_watched else None
 
     def fill(self, weights: Tensor | None, gradients: TaskGradients | None, scope: Scope | None) -> None:
         """Note the outcome of a balanced backward; the gradients only if a scope will free them."""

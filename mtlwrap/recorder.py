@@ -22,7 +22,6 @@ from mtlwrap.measures import Measures
 from mtlwrap.model import MultiTaskModel
 from mtlwrap.processes import is_distributed
 from mtlwrap.run_folder import STATISTICS, note, noted
-from mtlwrap.step import current_scope
 from mtlwrap.walk import Walk
 
 
@@ -157,8 +156,8 @@ class Recorder:
                 "record: no balanced backward came since the last call. Expected model.backward(losses), or the "
                 "backward of model.scalarize(losses), once before each record(losses), in the same `with cached():`."
             )
-        # Gradients on the parameters that are refreshed now and then are not known in between.
-        if is_new and gradients is None and (self.model.schedule is None or current_scope() is None):
+        # There are none to show of a step with the weights of an earlier one, or where an auxiliary loss adds its own.
+        if is_new and gradients is None and not self.model._junction.report.was_watched:
             raise ValueError(
                 "record: the tasks' gradients of this step are not there any more. Expected forward, backward and "
                 "record(losses) in the same `with cached():`."

@@ -2,8 +2,9 @@
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ Columns: TypeAlias = Mapping[str, Sequence[float]]
 # Rows, columns, or a table with columns (a pandas DataFrame).
 Recorded: TypeAlias = "Records | Sequence[Mapping[str, Any]] | Columns | Any"
 _PER_TASK = ("loss", "weight", "norm")
+_SHARES = ("conflicts", "nonfinite")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Records:
         losses, weights, norms: for each task that has any, a number per interval.
         cosines: for each pair of tasks that has any, likewise.
         conflicts: the fraction of each interval's steps in which some tasks' gradients opposed each other; or empty.
+        nonfinite: the fraction in which some task's gradient was not finite; or empty.
 
     Example:
         >>> rows = [{"step": 1, "weight/a": 0.5, "weight/b": 0.5, "cosine/a/b": -0.25}]
@@ -43,6 +46,7 @@ class Records:
     norms: dict[str, list[float]]
     cosines: dict[tuple[str, str], list[float]]
     conflicts: list[float]
+    nonfinite: list[float] = field(default_factory=list)
 
     @classmethod
     def of(cls, recorded: Recorded) -> "Records":
@@ -61,7 +65,8 @@ class Records:
         per_task = [{t: columns[f"{what}/{t}"] for t in tasks if f"{what}/{t}" in columns} for what in _PER_TASK]
         cosines = {pair: values for pair, values in pairs.items() if values is not None and _known(values)}
         losses, weights, norms = ({t: v for t, v in of.items() if _known(v)} for of in per_task)
-        return cls(columns["step"], tasks, losses, weights, norms, cosines, columns.get("conflicts", []))
+        shares = (columns.get(name, []) for name in _SHARES)
+        return cls(columns["step"], tasks, losses, weights, norms, cosines, *shares)
 
     @classmethod
     def read(cls, path: str | Path) -> "Records":
@@ -119,13 +124,14 @@ def _columns(recorded: Any) -> dict[str, list[float]]:
 
 def _is_statistic(name: Any) -> bool:
     parts = str(name).split("/")
-    return parts[-1] == "conflicts" or any(part in (*_PER_TASK, "cosine") for part in parts[:-1])
+    return parts[-1] in _SHARES or any(part in (*_PER_TASK, "cosine") for part in parts[:-1])
 
 
 def _without_tag(columns: dict[str, list[float]]) -> dict[str, list[float]]:
-    kinds = (*(f"{what}/" for what in _PER_TASK), "cosine/", "conflicts")
-    tags = {name[: name.index(kind)] for name in columns for kind in kinds if f"/{kind}" in f"/{name}"}
-    tag = min(tags, key=len, default="")
+    kinds = (*(f"{what}/" for what in _PER_TASK), "cosine/", *_SHARES)
+    tags = Counter(name[: name.index(kind)] for name in columns for kind in kinds if f"/{kind}" in f"/{name}")
+    # Metrics of a task called "weight" look like statistics with a tag of their own; but these are fewer.
+    tag = min(tags, key=lambda tag: (-tags[tag], len(tag)), default="")
     return {name.removeprefix(tag): values for name, values in columns.items()}
 
 

@@ -136,12 +136,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         print(f"The report is {write_report(options.folder, options.output)}.")
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, TypeError, ValueError, ImportError) as error:
         parser.error(str(error))
 
 
 def _wrong(known: Records) -> list[str]:
     """What has to be mended before anything else is worth reading."""
+    spoilt = _not_finite(known)
+    if spoilt:
+        return spoilt
     if not (known.weights or known.norms or known.cosines):
         return [
             "No balanced backward was seen: there are losses, but neither weights nor gradients of the tasks. Was "
@@ -155,6 +158,19 @@ def _wrong(known: Records) -> list[str]:
         f"The shared part was not trained in {100 * share:.3g} % of the records: every task's gradient had the weight "
         "0. IMTLG does that where the gradients oppose each other so that no direction serves all tasks alike. "
         "IMTLG(strict=True) moves there as its paper does; or take another balancer."
+    ]
+
+
+def _not_finite(known: Records) -> list[str]:
+    """In which steps gradients were no numbers; nothing else is to be said of these."""
+    share = mean(known.nonfinite)
+    if not math.isfinite(share) or share == 0:
+        return []
+    first = next(step for step, of in zip(known.steps, known.nonfinite, strict=True) if of > 0)
+    return [
+        f"Some task's gradient was not finite in {100 * share:.3g} % of the steps, for the first time up to step "
+        f"{first:g}. With a GradScaler a few such steps are ordinary, and skipped. Else the training broke down there: "
+        "what follows is of the other steps only."
     ]
 
 

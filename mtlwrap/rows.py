@@ -65,6 +65,8 @@ class _Run:
         self._sizes = [parameter.numel() for parameter in parameters]
         self.matrix = parameters[0].detach().new_empty(num_rows, sum(self._sizes))
         self._reached = [False] * len(parameters)
+        # Of sparse gradients, how many of their dimensions are: an optimizer may want them back as they came.
+        self._sparse: dict[int, int] = {}
         self._filled = 0
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
@@ -74,6 +76,7 @@ class _Run:
                 for gradient, size in zip(gradients, self._sizes, strict=True)
             ]
             torch.cat(pieces, out=self.matrix[self._filled])
+        self._sparse |= {n: g.sparse_dim() for n, g in enumerate(gradients) if g is not None and g.is_sparse}
         self._filled += 1
         self._reached = [r or gradient is not None for r, gradient in zip(self._reached, gradients, strict=True)]
 
@@ -93,7 +96,11 @@ class _Run:
 
     def shaped(self, shared: Tensor) -> list[Tensor | None]:
         pieces = zip(shared.split(self._sizes), self.parameters, self._reached, strict=True)
-        return [piece.view(parameter.shape) if reached else None for piece, parameter, reached in pieces]
+        found = [piece.view(parameter.shape) if reached else None for piece, parameter, reached in pieces]
+        for position, dimensions in self._sparse.items():
+            if (gradient := found[position]) is not None:
+                found[position] = gradient.to_sparse(dimensions)
+        return found
 
 
 def spread(matrix: Tensor, taking_part: Sequence[bool]) -> list[Tensor | None]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ class Run:
         gradients: with respect to what the tasks' gradients were taken, "representation" or "parameters".
 
     Raises:
-        TypeError: metrics are not mappings by task of mappings by name.
+        TypeError: metrics are not mappings by task of mappings by name of numbers.
+        ValueError: a time is not positive.
 
     Example:
         >>> import tempfile
@@ -50,11 +52,15 @@ class Run:
     def __post_init__(self) -> None:
         for field_name in ("metrics", "single"):
             given = getattr(self, field_name)
-            if not isinstance(given, Mapping) or not all(isinstance(of_task, Mapping) for of_task in given.values()):
+            if not isinstance(given, Mapping) or not all(map(_has_numbers, given.values())):
                 raise TypeError(
                     f"{field_name}: expected numbers by task and then by name, {{'seg': {{'accuracy': 0.9}}}}, got "
                     f"{given!r:.100}."
                 )
+        for field_name in ("seconds_per_step", "plain_seconds_per_step"):
+            given = getattr(self, field_name)
+            if given is not None and (not _is_number(given) or not given > 0):
+                raise ValueError(f"{field_name}: expected a positive number or None, got {given!r:.100}.")
 
     def save(self, folder: str | Path) -> None:
         """Write what is known into a run folder; what a recorder noted there stays.
@@ -76,6 +82,14 @@ class Run:
         """
         entries = _entries(folder)
         return cls(**(entries.pop(_RECORDED, {}) | entries))
+
+
+def _has_numbers(of_task: object) -> bool:
+    return isinstance(of_task, Mapping) and all(map(_is_number, of_task.values()))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def note(folder: str | Path, **recorded: Any) -> None:

@@ -655,3 +655,21 @@ def test_loss_balancers_under_torch_func() -> None:
     assert_close(
         torch.func.vmap(balancer)(torch.stack([values, 2 * values])), torch.stack([values.sum() / 2, values.sum()])
     )
+
+
+def test_heads_cannot_be_replaced() -> None:
+    model = MultiTaskModel(nn.Linear(2, 3), {"a": nn.Linear(3, 1)})
+    before = model.heads
+    with pytest.raises(TypeError, match="heads: expected them to stay, got a ModuleDict in their place"):
+        model.heads = nn.ModuleDict({"a": nn.Linear(3, 1)})
+    assert model.heads is before
+
+
+def test_backward_without_gradients_says_so() -> None:
+    model = MultiTaskModel(nn.Linear(2, 3), {"a": nn.Linear(3, 1)})
+    losses = {"a": model(torch.randn(4, 2))["a"].sum()}
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode, pytest.raises(ValueError, match="expected gradients to be enabled"):
+            model.backward(losses)
+    model.backward(losses)
+    assert model.backbone.weight.grad is not None

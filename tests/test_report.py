@@ -577,3 +577,61 @@ def test_recorder_refuses(every, complaint, tmp_path):
 def test_the_package_and_its_recorder_need_no_matplotlib():
     code = "import sys, mtlwrap, mtlwrap.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize(("spoilt_from", "share"), [(0, 100), (3, 50)])
+def test_gradients_that_are_not_finite_are_said_first(tmp_path, spoilt_from, share):
+    model = MultiTaskModel(nn.Linear(4, 8), [nn.Linear(8, 1), nn.Linear(8, 1)], IMTLG())
+    with Recorder(tmp_path, model, every=1) as recorder:
+        for step in range(6):
+            with cached():
+                losses = [
+                    p.square().mean() * (torch.nan if step >= spoilt_from else 1.0) for p in model(torch.randn(5, 4))
+                ]
+                model.backward(losses)
+                recorder.record(losses)
+    records = Records.read(tmp_path / "statistics.csv")
+    assert len(records.steps) == 6
+    (text,) = findings(records)["What went wrong"]
+    assert f"not finite in {share} % of the steps, for the first time up to step {spoilt_from + 1}." in text
+
+
+@pytest.mark.parametrize("balancer", [None, "uw", "imtl-g"])
+def test_recorder_takes_an_auxiliary_loss_that_reads_predictions(tmp_path, balancer):
+    model = MultiTaskModel(nn.Linear(4, 8), [nn.Linear(8, 1), nn.Linear(8, 1)], balancer)
+    with Recorder(tmp_path, model) as recorder:
+        for _ in range(3):
+            with cached():
+                predictions = model(torch.randn(5, 4))
+                losses = [p.square().mean() for p in predictions]
+                model.backward(losses, auxiliary=1e-3 * sum(p.square().mean() for p in predictions))
+                recorder.record(losses)
+    records = Records.read(tmp_path / "statistics.csv")
+    assert set(records.weights) == set(records.losses) == {"0", "1"}
+    # What arrives at a sum is that of the tasks and the auxiliary together.
+    assert bool(records.norms) is (balancer == "imtl-g")
+
+
+def test_a_task_may_have_the_name_of_a_statistic():
+    row = {"step": 1, "training/loss/kind": 1.0, "training/loss/weight": 2.0, "training/weight/kind": 1.0}
+    records = Records.of([row | {"training/weight/weight": 0.5, "val/weight/mse": 3.0, "val/loss/mse": 3.0}])
+    assert records.tasks == ("kind", "weight")
+    assert records.weights == {"kind": [1.0], "weight": [0.5]}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"metrics": {"a": 0.5}},
+        {"metrics": {"a": {"acc": None}}},
+        {"single": {"a": {"acc": "0.9"}}},
+        {"plain_seconds_per_step": 0},
+        {"seconds_per_step": "fast"},
+    ],
+)
+def test_details_of_another_kind_are_refused(tmp_path, capsys, entries):
+    (tmp_path / "statistics.csv").write_text("step,loss/a\n1,0.5\n")
+    (tmp_path / "run.json").write_text(json.dumps(entries))
+    with pytest.raises(SystemExit):
+        main([str(tmp_path)])
+    assert f"{next(iter(entries))}: expected" in capsys.readouterr().err

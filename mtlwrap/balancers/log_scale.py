@@ -146,7 +146,7 @@ class LogScaleBalancer(LossBalancer):
         """What to add to the learned numbers of ``tasks``; where it is not known yet, these losses say."""
         known = select(start, tasks).to(losses.device)
         fitting = self._fitting(wide(losses), tasks).to(known.dtype)
-        # Not with a loss that is zero or negative, a later one will do; nor in a step that a GradScaler skips.
+        # Not with a loss that is zero or negative, a later one will do; nor with one that is not finite.
         begins = ~known.isfinite() & fitting.isfinite() & losses.isfinite().all()
         fitting = fitting.clamp(-self.bound, self.bound)
         if learns(self):

@@ -1,6 +1,7 @@
 """A logger that writes a table."""
 
 import csv
+from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -76,22 +77,35 @@ class CSVLogger(BaseLogger):
 
     def _read(self) -> list[dict[str, Any]]:
         with self.path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            columns = list(reader.fieldnames or ["step"])
-            if columns[0] != "step":
-                raise ValueError(f"path: expected a file whose first column is 'step', got {columns[0]!r}.")
-            self.columns = columns
-            return list(reader)
+            text = file.read()
+        # Without a last line that a process began as it was ended.
+        reader = csv.DictReader(StringIO(text[: text.rfind("\n") + 1], newline=""))
+        columns = list(reader.fieldnames or ["step"])
+        if columns[0] != "step":
+            raise ValueError(f"path: expected a file whose first column is 'step', got {columns[0]!r}.")
+        rows = []
+        for row in reader:
+            if None in row:
+                raise ValueError(
+                    f"path: expected {len(columns)} columns in line {reader.line_num} of {self.path}, got more."
+                )
+            rows.append(row)
+        self.columns = columns
+        return rows
 
     def _write_all(self, rows: list[dict[str, Any]]) -> None:
         if self._file is not None:
             self._file.close()
-        self._file = self.path.open("w", newline="", encoding="utf-8")
+        # Beside the file first, and then in its place: whenever this is interrupted, one of them is whole.
+        beside = self.path.with_name(f"{self.path.name}.new")
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if len(self.columns) > 1:
+                writer.writeheader()
+            writer.writerows(rows)
+        beside.replace(self.path)
+        self._file = self.path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, self.columns)
-        if len(self.columns) > 1:
-            self._writer.writeheader()
-        self._writer.writerows(rows)
-        self._file.flush()
 
     def _create_output_handler(self, *args: Any, **kwargs: Any) -> "_OutputHandler":
         return _OutputHandler(*args, **kwargs)

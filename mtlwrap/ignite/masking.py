@@ -78,11 +78,11 @@ class Masking:
         """
         known = {task: mask for task, target in enumerate(targets) if (mask := self._known(target)) is not None}
         if not known:
-            return [Rows(target is not None) for target in targets]
+            return [Rows(_is_label(target)) for target in targets]
         device = next(iter(known.values())).device
         counts = torch.stack([mask.sum().to(device) for mask in known.values()]).tolist()
         found = {task: _rows(mask, count) for (task, mask), count in zip(known.items(), counts, strict=True)}
-        return [found.get(task, Rows(target is not None)) for task, target in enumerate(targets)]
+        return [found.get(task, Rows(_is_label(target))) for task, target in enumerate(targets)]
 
     def take(self, task: int, prediction: Any, target: Any, rows: Rows) -> tuple[Any, Any]:
         """Prediction and target of the rows that have a label; both as they are if all have.
@@ -156,6 +156,10 @@ def masking(tasks: Sequence[str], ignore_index: int | Sequence[int]) -> Masking:
     ):
         raise TypeError(f"ignore_index: expected an int or a sequence of them, got {ignore_index!r}.")
     return Masking(tuple(tasks), tuple(values))
+
+
+def _is_label(target: Any) -> bool:
+    return target is not None and not (isinstance(target, Tensor) and target.dim() > 0 and target.shape[0] == 0)
 
 
 def _any_entry(known: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ from mtlwrap.ignite.common import (
     unwrapped,
 )
 from mtlwrap.ignite.masking import IGNORED, Rows, masking
+from mtlwrap.losses import Loss, collect
 from mtlwrap.step import cached
 
-TaskLoss = Callable[[Any, Any], Tensor]
+TaskLoss = Callable[[Any, Any], Loss]
 
 
 class MultitaskEvents(EventEnum):
@@ -99,7 +100,8 @@ def create_multitask_trainer(
             one of them. With ``find_unused_parameters=True`` the head of a task that has none in any of them keeps its
             gradient of None, as in a single process; else ``DistributedDataParallel`` gives it one of zeros.
         optimizer: best over ``model.param_groups(...)``, so that the balancer learns too.
-        losses: a callable ``(prediction, target) -> 0-dim tensor`` for each task, in order or by task name.
+        losses: a callable ``(prediction, target) -> 0-dim tensor`` for each task, in order or by task name; or one that
+            returns a list of such tensors, which are added up.
         device: where batches are moved to; the model is left where it is.
         non_blocking: whether they are moved without waiting.
         prepare_batch: from ``(batch, device=..., non_blocking=...)`` to ``(x, targets)``. The targets are a mapping by
@@ -201,7 +203,7 @@ class _Step:
         with cached() if _is_asked(engine) else nullcontext():
             with self.autocast():
                 predictions = self.model_fn(self.model, x)
-                losses = self._losses(in_order(predictions, self.inner), targets, rows)
+                losses = collect(self._losses(in_order(predictions, self.inner), targets, rows), self.inner.tasks)
                 total = self.inner.scalarize(losses)
                 if self.accumulation > 1:
                     total = total / self.accumulation
@@ -214,8 +216,8 @@ class _Step:
             self._move()
         return self.output_transform(x, y, predictions, detached)
 
-    def _losses(self, predictions: Sequence[Any], targets: Sequence[Any], rows: Sequence[Rows]) -> list[Tensor | None]:
-        losses: list[Tensor | None] = []
+    def _losses(self, predictions: Sequence[Any], targets: Sequence[Any], rows: Sequence[Rows]) -> list[Loss]:
+        losses: list[Loss] = []
         for task, (prediction, target, row) in enumerate(zip(predictions, targets, rows, strict=True)):
             labelled = self.masking.take(task, prediction, target, row) if row.present else None
             losses.append(None if labelled is None else self.losses[task](*labelled))

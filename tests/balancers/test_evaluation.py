@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mtlwrap import Balancer, ExcessMTL, MultiTaskModel
+from mtlwrap import Balancer, ExcessMTL, MultiTaskModel, Parameters
 from tests.common import BALANCERS, TASKS, make_backbone, make_heads, make_input, make_losses, make_model
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -73,3 +73,22 @@ def test_no_state_is_allocated_for_parameters_either() -> None:
     model.backward(make_losses(model(make_input().cpu())))
     assert_close(state_of(model), before, **EXACT)
     assert_close(model.task_weights, torch.full((len(TASKS),), 1 / len(TASKS), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("options", [{}, {"weigh_heads": True}])
+def test_the_weights_until_the_next_weighing_stay(options: dict[str, Any]) -> None:
+    """A backward in evaluation mode weighs for itself, and training goes on with its own weights."""
+    gradients = Parameters(refresh_every=3)
+    model = MultiTaskModel(make_backbone(), make_heads(), "imtl-g", gradients=gradients, **options).double()
+    twin = copy.deepcopy(model)
+    for number in range(5):
+        for each in (model, twin):
+            each.zero_grad()
+            each.backward(make_losses(each(make_input(number).cpu())))
+        assert torch.equal(model.task_weights, twin.task_weights)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        model.eval()
+        model.backward(make_losses(model(make_input(100 + number).cpu())))
+        assert not torch.equal(model.task_weights, twin.task_weights)
+        model.train()
+        assert_close(model.state_dict(), before, **EXACT)

@@ -155,3 +155,10 @@ def test_targets_on_the_host_are_looked_at_there() -> None:
     y[:2] = NAN
     trainer.run([(torch.randn(6, 2), [y, torch.full((6, 1), NAN)])])
     assert shapes == [((4, 1), (4, 1))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
+def test_a_target_of_no_rows_is_no_label(dtype: torch.dtype) -> None:
+    some, none = torch.ones(2), torch.ones(0, dtype=dtype)
+    assert [row.present for row in Masking(("a", "b")).rows([some, none])] == [True, False]
+    assert [row.present for row in Masking(("a", "b")).rows([None, none])] == [False, False]

@@ -208,3 +208,21 @@ def test_csv_columns_come_as_they_come(tmp_path: Path) -> None:
     path.write_text("a,b\n")
     with pytest.raises(ValueError, match="'step', got 'a'"):
         CSVLogger(path, append=True)
+
+
+def test_a_log_that_cannot_be_gone_on_with_stays_as_it_is(tmp_path: Path) -> None:
+    path, text = tmp_path / "log.csv", "step,training/a\n1,0.5\n2,0.25,7\n"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="expected 2 columns in line 3 of"):
+        CSVLogger(path, append=True)
+    assert path.read_text() == text
+
+
+def test_a_line_that_was_begun_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("step,training/a\n1,0.5\n2,0.2")
+    with CSVLogger(path, append=True) as logger:
+        logger.write(2, {"training/a": 0.25})
+        logger.write(3, {"training/a": 0.125, "training/b": 1.0})
+    assert path.read_text().split() == ["step,training/a,training/b", "1,0.5,", "2,0.25,", "3,0.125,1.0"]
+    assert [file.name for file in tmp_path.iterdir()] == ["log.csv"]

@@ -303,3 +303,19 @@ def test_without_a_mode_an_autocast_around_the_training_counts() -> None:
     trainer = trainer_on_steps(model, optimizer, output_transform=lambda x, y, predictions, losses: predictions)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert trainer.run(epoch_length=1).output["b"].dtype == torch.bfloat16
+
+
+def test_a_task_may_have_several_losses() -> None:
+    def several(prediction: Tensor, target: Tensor) -> list[Tensor]:
+        return [(prediction - target).square().mean(), (prediction - target).abs().mean()]
+
+    models = [make_model(EqualWeighting(), torch.float32) for _ in range(2)]
+    x, targets = make_batch(0)
+    targets = {"a": targets["a"].nan_to_num(0.5)}
+    outputs = []
+    for model, loss in zip(models, [several, lambda p, y: sum(several(p, y))], strict=True):
+        optimizer = torch.optim.SGD(model.param_groups(lr=0.1))
+        trainer = create_multitask_trainer(model, optimizer, LOSSES | {"a": loss})
+        outputs.append(trainer.run([(x, targets)]).output)
+    assert_close(models[0].state_dict(), models[1].state_dict())
+    assert_close(outputs[0], outputs[1])
