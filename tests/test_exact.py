@@ -360,16 +360,17 @@ def test_without_a_shared_parameter_the_input_is_what_is_shared(make: Any) -> No
     assert (found[0] != 0).any()
 
 
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 4, sparse=True)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.table(words).mean(1)
+
+
 @pytest.mark.parametrize("refresh_every", [1, 2])
 def test_sparse_gradients_stay_sparse(refresh_every: int) -> None:
-    class Words(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Embedding(10, 4, sparse=True)
-
-        def forward(self, words: Tensor) -> Tensor:
-            return self.table(words).mean(1)
-
     gradients = Parameters(refresh_every=refresh_every)
     model = MultiTaskModel(Words(), [nn.Linear(4, 1), nn.Linear(4, 2)], IMTLG(), gradients=gradients).to(DEVICE)
     optimizer = torch.optim.SparseAdam(model.backbone.parameters())
@@ -384,14 +385,6 @@ def test_sparse_gradients_stay_sparse(refresh_every: int) -> None:
 
 
 def test_sparse_gradients() -> None:
-    class Words(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Embedding(10, 4, sparse=True)
-
-        def forward(self, words: Tensor) -> Tensor:
-            return self.table(words).mean(1)
-
     model = MultiTaskModel(Words(), [nn.Linear(4, 1), nn.Linear(4, 2)], IMTLG(), gradients="parameters").double()
     model.to(DEVICE)
     words = torch.tensor([[1, 2], [2, 3]], device=DEVICE)
