@@ -21,7 +21,7 @@ from mtlwrap.losses import Losses, collect
 from mtlwrap.measures import Measures
 from mtlwrap.model import MultiTaskModel
 from mtlwrap.processes import is_distributed
-from mtlwrap.run_folder import STATISTICS, note, noted
+from mtlwrap.run_folder import STATISTICS, note, noted, whole_lines
 from mtlwrap.walk import Walk
 
 
@@ -125,7 +125,7 @@ class Recorder:
     def _open(self, append: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path, columns = self.folder / STATISTICS, ["step", *self._measures.names]
-        kept = _whole_lines(path) if append else ""
+        kept = whole_lines(path) if append else ""
         if kept:
             self._step = self._written = _last_step(path, kept, columns)
         known = noted(self.folder) if append else {}
@@ -187,15 +187,6 @@ class Recorder:
 
 def _weakly(gradients: TaskGradients | None) -> Callable[[], TaskGradients | None]:
     return (lambda: None) if gradients is None else weakref.ref(gradients)
-
-
-def _whole_lines(path: Path) -> str:
-    """What is in a file, without a last line that a process began as it was ended."""
-    if not path.exists():
-        return ""
-    with path.open(newline="", encoding="utf-8") as file:
-        text = file.read()
-    return text[: text.rfind("\n") + 1]
 
 
 def _last_step(path: Path, text: str, columns: list[str]) -> int:

@@ -143,21 +143,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _wrong(known: Records) -> list[str]:
     """What has to be mended before anything else is worth reading."""
     spoilt = _not_finite(known)
-    if spoilt:
-        return spoilt
     if not (known.weights or known.norms or known.cosines):
-        return [
+        return spoilt or [
             "No balanced backward was seen: there are losses, but neither weights nor gradients of the tasks. Was "
             "model.backward(losses) called, and not sum(losses).backward()? With a frozen backbone there is nothing to "
             "balance."
         ]
     share = _standstill(known)
     if not share:
-        return []
+        return spoilt
     return [
+        *spoilt,
         f"The shared part was not trained in {100 * share:.3g} % of the records: every task's gradient had the weight "
         "0. IMTLG does that where the gradients oppose each other so that no direction serves all tasks alike. "
-        "IMTLG(strict=True) moves there as its paper does; or take another balancer."
+        "IMTLG(strict=True) moves there as its paper does; or take another balancer.",
     ]
 
 

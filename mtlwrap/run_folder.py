@@ -92,6 +92,15 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def whole_lines(path: Path) -> str:
+    """What is in a file, without a last line that a process began as it was ended; nothing if there is none."""
+    if not path.exists():
+        return ""
+    with path.open(newline="", encoding="utf-8") as file:
+        text = file.read()
+    return text[: text.rfind("\n") + 1]
+
+
 def note(folder: str | Path, **recorded: Any) -> None:
     """Write what a recorder knows into a run folder, instead of what it knew before; the user's entries stay.
 

@@ -119,6 +119,16 @@ def test_long_gradients_of_any_size(scale, ratio):
     check(absent, expected.cpu(), rtol=3e-7)
 
 
+@pytest.mark.parametrize("num_tasks", [2, 3, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gramian_is_symmetric_to_the_bit(num_tasks, dtype):
+    """The product of a matrix with its own transpose need not be, on some processors."""
+    for size in (35, 1000, 30_000):
+        matrix = on_device(torch.randn(num_tasks, size, generator=zoo.generator(size), dtype=torch.float64), dtype)
+        gramian = TaskGradients(matrix).gramian
+        assert torch.equal(gramian, gramian.T)
+
+
 ONE_SIGNED = {
     "constant": lambda n: torch.ones(n),
     "positive": lambda n: torch.rand(n, generator=zoo.generator(0)) + 0.5,

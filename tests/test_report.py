@@ -596,6 +596,13 @@ def test_gradients_that_are_not_finite_are_said_first(tmp_path, spoilt_from, sha
     assert f"not finite in {share} % of the steps, for the first time up to step {spoilt_from + 1}." in text
 
 
+def test_two_things_that_went_wrong_are_both_said():
+    rows = [{"step": s, "weight/a": 0.0, "weight/b": 0.0, "nonfinite": s == 2} for s in (1, 2, 3, 4)]
+    first, second = findings(rows)["What went wrong"]
+    assert "not finite in 25 % of the steps, for the first time up to step 2." in first
+    assert "The shared part was not trained in 100 % of the records" in second
+
+
 @pytest.mark.parametrize("balancer", [None, "uw", "imtl-g"])
 def test_recorder_takes_an_auxiliary_loss_that_reads_predictions(tmp_path, balancer):
     model = MultiTaskModel(nn.Linear(4, 8), [nn.Linear(8, 1), nn.Linear(8, 1)], balancer)

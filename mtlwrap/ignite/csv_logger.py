@@ -9,6 +9,8 @@ from ignite.engine import Engine, Events
 from ignite.handlers.base_logger import BaseLogger, BaseOutputHandler
 from torch.optim import Optimizer
 
+from mtlwrap.run_folder import whole_lines
+
 
 class CSVLogger(BaseLogger):
     """Writes metrics, and outputs, of engines into a CSV file: a row per event, a column per number.
@@ -76,10 +78,7 @@ class CSVLogger(BaseLogger):
             self._file = None
 
     def _read(self) -> list[dict[str, Any]]:
-        with self.path.open(newline="", encoding="utf-8") as file:
-            text = file.read()
-        # Without a last line that a process began as it was ended.
-        reader = csv.DictReader(StringIO(text[: text.rfind("\n") + 1], newline=""))
+        reader = csv.DictReader(StringIO(whole_lines(self.path), newline=""))
         columns = list(reader.fieldnames or ["step"])
         if columns[0] != "step":
             raise ValueError(f"path: expected a file whose first column is 'step', got {columns[0]!r}.")
