@@ -11,7 +11,7 @@ from mtlwrap.balancers.base import Balancer
 from mtlwrap.factored import FactoredRows, linear_layers
 from mtlwrap.probe import pull_back, pull_back_together
 from mtlwrap.rows import Rows
-from mtlwrap.state import WideBuffers
+from mtlwrap.state import Undo, WideBuffers
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,20 @@ class Schedule(WideBuffers):
         strangers = any(present and not k for present, k in zip(taking_part, known, strict=True))
         # A weighing in a step that a GradScaler skips is none.
         return steps == 0 or steps >= self.refresh_every or strangers or (steps == 1 and not bool(self.sound))
+
+    def before_backward(self) -> Undo:
+        """What takes back a weighing whose step a GradScaler skips: the next step weighs anew.
+
+        That a step was made with the weights there are stays noted, for the host counts those.
+        """
+        before = self.weights.clone()
+
+        def take_back(spoiled: Tensor) -> None:
+            spoiled = spoiled.to(self.weights.device)
+            self.sound.logical_and_(~spoiled)
+            torch.where(spoiled, before, self.weights, out=self.weights)
+
+        return take_back
 
     def keep(self, weights: Tensor, taking_part: Sequence[bool]) -> None:
         """Note a weighing; after one that is not finite the next step weighs anew."""

@@ -12,7 +12,7 @@ from mtlwrap.aliases import each_its_own
 from mtlwrap.balancers.base import Balancer
 from mtlwrap.connection import connect, visible_tensors
 from mtlwrap.decision import decide
-from mtlwrap.exact import Exact
+from mtlwrap.exact import Exact, Schedule
 from mtlwrap.heads import Heads
 from mtlwrap.losses import Losses, checked_auxiliary, collect
 from mtlwrap.nodes import ForkNode, ForkState, LossesNode, ScalarNode, vector_of
@@ -21,6 +21,7 @@ from mtlwrap.outcome import Report
 from mtlwrap.passes import Order
 from mtlwrap.probe import check_repeatable, check_whole
 from mtlwrap.processes import NOTHING_TO_TRAIN, Peers
+from mtlwrap.safeguard import Safeguard
 from mtlwrap.state import is_sharded, whole_parameters
 from mtlwrap.step import current_scope
 from mtlwrap.structure import differentiable_tensors
@@ -156,7 +157,9 @@ class Junction:
         return connected
 
     @opaque
-    def scalarize(self, losses: Losses, balancer: Balancer, auxiliary: Tensor | None = None) -> Tensor:
+    def scalarize(
+        self, losses: Losses, balancer: Balancer, auxiliary: Tensor | None = None, model: nn.Module | None = None
+    ) -> Tensor:
         """The total to call ``backward`` on, with the order to balance attached."""
         if not torch.is_grad_enabled():
             return self._value(collect(losses, self.tasks), balancer, checked_auxiliary(auxiliary))
@@ -179,7 +182,7 @@ class Junction:
         chosen = [loss for loss, present in zip(given, here, strict=True) if loss is not None and present]
         several = self.peers.ranks is not None  # one alone decides it in the backward pass
         passes_on = several and (aside is not None or any(fork.is_looked_at for fork in found.forks))
-        order = self._order(here, chosen, found, balancer, read=read, passes_on=passes_on, is_idle=is_idle)
+        order = self._order(here, chosen, found, balancer, model, read=read, passes_on=passes_on, is_idle=is_idle)
         order.is_mixed = is_mixed and aside is None
         found = found.taking_part(order.taking_part)
         order.num_forks = len(found.forks)
@@ -193,7 +196,7 @@ class Junction:
                 auxiliary=aside,
                 weigh_heads=self.weigh_heads,
             )
-        total = self._total(chosen, found, order, balancer)
+        total = self._total(chosen, found, order, balancer, model)
         return total if auxiliary is None else total + auxiliary
 
     def _value(self, losses: Sequence[Tensor | None], balancer: Balancer, auxiliary: Tensor | None) -> Tensor:
@@ -226,6 +229,7 @@ class Junction:
         chosen: list[Tensor],
         found: Found,
         balancer: Balancer,
+        model: nn.Module | None,
         *,
         read: Sequence[bool],
         passes_on: bool,
@@ -238,12 +242,31 @@ class Junction:
         # The same form of message whichever losses there are, and wherever they lie.
         values = (vector_of(chosen) if chosen else torch.zeros(0)).to(self._device, self._dtype)
         # With gradients averaged by hand a process may stand aside.
-        is_out = not any(here) and not any(connection.tasks for connection in found.connections) and self.peers.waits
-        form = self._form(found, balancer)
-        agreed = ranks.agree(here, values, form, read=read, passes_on=passes_on, is_idle=is_idle, is_out=is_out)
+        stands_aside = not any(here) and not any(connection.tasks for connection in found.connections)
+        agreed = ranks.agree(
+            here,
+            values,
+            self._form(found, balancer),
+            read=read,
+            passes_on=passes_on,
+            is_apart=model is None or self.peers.are_apart_after(model.parameters()),
+            stands_aside=stands_aside,
+            is_idle=is_idle,
+            is_out=stands_aside and self.peers.waits,
+        )
         for station in found.stations:
             station.is_ordered = True
-        return Order(agreed.taking_part, here, agreed.losses, ranks, self._communicating, agreed.read, agreed.passes_on)
+        return Order(
+            agreed.taking_part,
+            here,
+            agreed.losses,
+            ranks,
+            self._communicating,
+            agreed.read,
+            agreed.passes_on,
+            is_apart=agreed.is_apart,
+            is_whole=agreed.is_whole,
+        )
 
     def _form(self, found: Found, balancer: Balancer) -> str:
         """What the processes' steps must have in common, in words."""
@@ -262,7 +285,9 @@ class Junction:
                 )
         return "; ".join(words)
 
-    def _total(self, chosen: list[Tensor], found: Found, order: Order, balancer: Balancer) -> Tensor:
+    def _total(
+        self, chosen: list[Tensor], found: Found, order: Order, balancer: Balancer, model: nn.Module | None
+    ) -> Tensor:
         if not any(order.taking_part):  # a batch without a label: backward works and does nothing
             total = sum(found.tokens, torch.zeros((), device=self._device, requires_grad=True))
             # Heads that an auxiliary loss reads elsewhere run here too.
@@ -270,12 +295,26 @@ class Junction:
         vector = LossesNode.apply(order, len(found.tokens), *found.tokens, *chosen)
         if balancer.training and not transforming():
             balancer.constrain()
+            order.safeguard = self._safeguard(found, order, balancer, model)
         with whole_parameters(balancer):
             total = balancer.scalarize(vector, _positions(order.taking_part))
         if not isinstance(total, Tensor) or total.dim() != 0:
             shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
             raise ValueError(f"{type(balancer).__name__}.scalarize: expected to return a 0-dim tensor, got {shape}.")
         return cast("Tensor", ScalarNode.apply(order, found.stations, total))
+
+    def _safeguard(self, found: Found, order: Order, balancer: Balancer, model: nn.Module | None) -> Safeguard | None:
+        """What takes back a step whose gradients overflow; none where a process makes no backward pass to tell of."""
+        if not order.is_whole:
+            return None
+        keepers: list[Balancer | Schedule] = [balancer] if found.forks else []
+        keepers += {fork.exact.schedule for fork in found.forks if fork.exact and fork.exact.schedule}
+        return Safeguard(
+            model,
+            balancer.before_scalarize(),
+            [keeper.before_backward for keeper in keepers],
+            order.ranks if order.is_apart else None,
+        )
 
     def _read_by(
         self, auxiliary: Tensor | None, forks: Sequence[ForkState], balancer: Balancer

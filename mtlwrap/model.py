@@ -208,7 +208,7 @@ class MultiTaskModel(nn.Module):
             time, by its gradient on the other heads; a term that is added to it later, or that a compiled loss function
             hides, is not noticed.
         """
-        total = self._junction.scalarize(losses, self.balancer, auxiliary)
+        total = self._junction.scalarize(losses, self.balancer, auxiliary, self)
         if self.training and total.requires_grad:
             self._watch.look(self, self.balancer, self._junction.peers)
         return total

@@ -410,6 +410,8 @@ class ScalarNode(torch.autograd.Function):
         for station in ctx.stations:
             station.leave(running)
         remember(ctx.order.passes, running)
+        if ctx.order.safeguard is not None:
+            ctx.order.safeguard.watch(ctx)
         return None, None, gradient
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mtlwrap.gradients import TaskGradients, Unmade
 from mtlwrap.processes import Ranks
+from mtlwrap.safeguard import Safeguard
 from mtlwrap.vectors import plain
 
 
@@ -60,6 +61,8 @@ class Order:
         communicating: the tasks whose heads have a gradient from other processes too.
         read: for each task, whether an auxiliary loss reads its prediction in any process.
         passes_on: whether any process has to run its backbone backward by the ordinary pass.
+        is_apart: whether the parameters' gradients can differ between the processes after the backward pass.
+        is_whole: whether every process makes a backward pass.
     """
 
     def __init__(
@@ -71,6 +74,9 @@ class Order:
         communicating: Collection[int] = (),
         read: Sequence[bool] = (),
         passes_on: bool = False,
+        *,
+        is_apart: bool = False,
+        is_whole: bool = True,
     ) -> None:
         self.taking_part = taking_part
         self.here = here
@@ -82,6 +88,8 @@ class Order:
         # Whether its head is to run backward, in all processes if it is in one.
         self.running = tuple(map(any, zip(taking_part, read, strict=True))) if read else taking_part
         self.passes_on = passes_on
+        self.is_apart = is_apart
+        self.is_whole = is_whole
         self.losses = losses
         self.ranks = ranks
         # Makes a decision, given the gradients on the losses, in a pass; None leaves it to the fork.
@@ -90,6 +98,8 @@ class Order:
         self.is_mixed = False
         # How many forks the losses came from: several where tasks have batches of their own.
         self.num_forks = 1
+        # Takes the balancer's step back where gradients overflow.
+        self.safeguard: Safeguard | None = None
         # By graph task: several threads may run backward through one total. Stations know them weakly: a decision ahead
         # of the forks knows the graph, which must not be held by itself where a backward pass never arrives.
         self.passes: dict[int, Pass] = {}

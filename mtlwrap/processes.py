@@ -12,7 +12,7 @@ import math
 import struct
 import weakref
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from hashlib import blake2b
@@ -38,12 +38,16 @@ class Agreement(NamedTuple):
         read: for each task, whether an auxiliary loss reads its prediction in any process.
         passes_on: whether any process has to run its backbone backward by the ordinary pass.
         losses: the means of the losses that take part, a vector.
+        is_apart: whether the parameters' gradients can differ between the processes after the backward pass.
+        is_whole: whether every process makes a backward pass.
     """
 
     taking_part: tuple[bool, ...]
     read: tuple[bool, ...]
     passes_on: bool
     losses: Tensor
+    is_apart: bool
+    is_whole: bool
 
 
 class Ranks:
@@ -70,6 +74,8 @@ class Ranks:
         *,
         read: Sequence[bool],
         passes_on: bool = False,
+        is_apart: bool = True,
+        stands_aside: bool = False,
         is_idle: bool = False,
         is_out: bool = False,
     ) -> Agreement:
@@ -81,8 +87,10 @@ class Ranks:
             form: what must be the same on every rank, in words.
             read: for each task, whether an auxiliary loss reads its prediction here.
             passes_on: whether the backbone must be run backward here by the ordinary pass.
+            is_apart: whether the gradients here are not all averaged over the processes in the backward pass.
+            stands_aside: whether there is nothing here to run backward, and nobody who waits for it.
             is_idle: whether there are losses here, but none that can be trained.
-            is_out: whether there is nothing here to run backward.
+            is_out: whether there is nothing here to run backward, and the others would wait.
 
         Raises:
             ValueError: on every rank: the form is not that of the others, one of them refuses or is out, or all are
@@ -91,9 +99,9 @@ class Ranks:
         remaining = iter(losses.detach().double().unbind())
         nothing = losses.new_zeros((), dtype=torch.float64)
         spread = torch.stack([next(remaining) if here else nothing for here in present])
-        flags = [*present, *read, *_bits(form), passes_on, is_out, is_idle, False]
+        flags = [*present, *read, *_bits(form), passes_on, is_apart, stands_aside, is_out, is_idle, False]
         counts, spread = self._told(flags, spread)
-        *tasks, passing, out, idle, refusing = (round(count) for count in counts)
+        *tasks, passing, apart, aside, out, idle, refusing = (round(count) for count in counts)
         first, second = len(present), 2 * len(present)
         anywhere, reading, digits = tasks[:first], tasks[first:second], tasks[second:]
         if refusing:
@@ -110,12 +118,14 @@ class Ranks:
             )
         taking_part = [value for value, count in zip(spread.unbind(), anywhere, strict=True) if count]
         means = torch.stack(taking_part).to(losses.dtype) if taking_part else losses
-        return Agreement(tuple(map(bool, anywhere)), tuple(map(bool, reading)), passing > 0, means)
+        return Agreement(
+            tuple(map(bool, anywhere)), tuple(map(bool, reading)), passing > 0, means, apart > 0, aside == 0
+        )
 
     def refuse(self, num_tasks: int, device: torch.device) -> None:
         """Tell the others, who call :meth:`agree`, that this process raises instead."""
         nothing = torch.zeros(num_tasks, dtype=torch.float64, device=device)
-        self._told([*[False] * (2 * num_tasks), *_bits(""), False, False, False, True], nothing, refusing=True)
+        self._told([*[False] * (2 * num_tasks), *_bits(""), *[False] * 5, True], nothing, refusing=True)
 
     def _told(self, flags: Sequence[bool], losses: Tensor, *, refusing: bool = False) -> tuple[list[float], Tensor]:
         """How many ranks say yes to each, and the mean of the losses."""
@@ -136,6 +146,10 @@ class Ranks:
             return total
         dist.all_reduce(total, group=self._group)
         return total.div_(self.size)
+
+    def any(self, flag: Tensor) -> Tensor:
+        """Whether it is true on any rank: a bool of no dimension, on the device."""
+        return self.mean(flag.float()) > 0
 
     def mean_parts(self, parts: Sequence[Sequence[Tensor | None]], like: Sequence[Tensor]) -> list[list[Tensor | None]]:
         """The means of what is sorted by tensor, in each an entry for each task; what is missing on a rank counts 0.
@@ -176,6 +190,8 @@ class Peers:
         self._world: Any = None  # and all processes at that time
         self._ddp_found: weakref.ref[Any] | None = None
         self._is_replicated = False
+        # Whether DDP averages all gradients of this forward's backward pass.
+        self._is_averaged = False
         # Whether each process holds a part of the parameters only; None before a forward.
         self.is_sharded: bool | None = None
         self._has_trained = False
@@ -216,6 +232,9 @@ class Peers:
         is_new = ddp is not None and ddp is not self._ddp
         if is_new:
             self._ddp_found = weakref.ref(ddp)
+        # Not under no_sync, and not those that it was told to leave alone.
+        synced = bool(getattr(ddp, "require_backward_grad_sync", False))
+        self._is_averaged = synced and not getattr(ddp, "parameters_to_ignore", True)
         if self.ranks is not None and not (is_new and self._setting == "auto"):
             return
         group = self._setting if self._setting != "auto" else _group_of(ddp, model)
@@ -273,6 +292,13 @@ class Peers:
     def is_one_forward(self) -> bool:
         """Whether only the last forward can be run backward, for DDP looks for unused parameters in each."""
         return bool(getattr(self._ddp, "find_unused_parameters", False))
+
+    def are_apart_after(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether the gradients of these can differ between the processes after the backward pass.
+
+        Those that are there already may, and whatever is averaged with them.
+        """
+        return not self._is_averaged or any(parameter.grad is not None for parameter in parameters)
 
     @property
     def waits(self) -> bool:

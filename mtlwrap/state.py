@@ -1,11 +1,14 @@
 """State that is kept over a training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+# Puts a state back to what it was where it is told to, by a bool of no dimension on any device.
+Undo = Callable[[Tensor], None]
 
 
 class WideBuffers(nn.Module):
@@ -19,6 +22,18 @@ class WideBuffers(nn.Module):
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[name] = _widened(buffer, module._buffers[name])
         return self
+
+
+def putting_back(buffers: Iterable[Tensor]) -> Undo | None:
+    """What puts these buffers back to what they are now; None if there is nothing in them."""
+    kept = [(buffer, buffer.clone()) for buffer in buffers if buffer.numel()]
+
+    @torch.no_grad()
+    def put_back(spoiled: Tensor) -> None:
+        for buffer, before in kept:
+            torch.where(spoiled.to(buffer.device), before, buffer, out=buffer)
+
+    return put_back if kept else None
 
 
 def is_sharded(tensor: Tensor) -> bool:

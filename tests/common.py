@@ -77,9 +77,6 @@ BALANCERS = {
     "compose": lambda: Compose(loss=UW(init=[0.25, -0.5, 0.125]), gradient=IMTLG(nonneg=True)),
 }
 
-# Those whose state follows the losses: a loss that is finite moves it, whatever its gradient is.
-FOLLOW_LOSSES = ("dwa", "famo", "imtl-first-losses", "rlw")
-
 TASKS = ("a", "b", "c")
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from mtlwrap import MultiTaskModel
-from tests.common import BALANCERS, DEVICE, FOLLOW_LOSSES, TASKS, make_input, make_losses, make_model
+from tests.common import BALANCERS, DEVICE, TASKS, make_input, make_losses, make_model
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # The bits of a type, times a few roundings: of the representation, of products, of the sum.
@@ -104,14 +104,9 @@ def test_a_scale_that_overflows_is_lowered_and_training_goes_on(name: str) -> No
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**42, growth_interval=1000, backoff_factor=2.0**-20)
     trainer(model, scaler, [0, 1])
     assert scaler.get_scale() == 4.0  # two steps were skipped
-    network = {key for key, _ in model.named_parameters()}
     for key, value in model.state_dict().items():
-        if key in network or name not in FOLLOW_LOSSES:
-            assert torch.equal(value, before[key]), key
+        assert torch.equal(value, before[key]), key
     trainer(model, scaler, [2, 3, 4])
-    if name in FOLLOW_LOSSES:  # whose state the losses of the skipped steps have moved
-        assert all(p.isfinite().all() for p in model.parameters())
-        return
     trainer(reference, torch.amp.GradScaler(DEVICE.type, init_scale=4.0, growth_interval=1000), [2, 3, 4])
     assert scaler.get_scale() == 4.0
     # The first step that a model makes is added up in float32, the next ones are in half precision.

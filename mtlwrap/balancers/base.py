@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mtlwrap.checks import integer
 from mtlwrap.gradients import TaskGradients
-from mtlwrap.state import WideBuffers
+from mtlwrap.state import Undo, WideBuffers, putting_back
 from mtlwrap.surroundings import transforming
 from mtlwrap.vectors import widest
 
@@ -93,6 +93,18 @@ class Balancer(WideBuffers, ABC):
     def constrain(self) -> None:
         """Put learned parameters back to where they may be; called before each training step. Neutral: nothing."""
 
+    def before_scalarize(self) -> Undo | None:
+        """What puts the state back that :meth:`scalarize` is about to move; neutral: it moves none.
+
+        The model calls it in each training step, and what it returns when the backward pass has ended, with a bool of
+        no dimension: true if that has spoiled a gradient, so that a GradScaler skips the step.
+        """
+        return None
+
+    def before_backward(self) -> Undo | None:
+        """Likewise for what :meth:`weigh` and :meth:`own_gradients` are about to move."""
+        return None
+
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """The scalar to call ``backward`` on. Neutral: the sum of the losses.
 
@@ -129,6 +141,14 @@ class LossBalancer(Balancer):
         kind = type(self)
         return kind.weigh is not Balancer.weigh or kind.own_gradients is not Balancer.own_gradients
 
+    def before_scalarize(self) -> Undo | None:
+        """All buffers; see :meth:`Balancer.before_scalarize`."""
+        return putting_back(self.buffers())
+
+    def before_backward(self) -> Undo | None:
+        """All buffers, where it looks at the gradients; see :meth:`Balancer.before_backward`."""
+        return putting_back(self.buffers()) if self.sees_gradients else None
+
     @abstractmethod
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """The scalar, 0-dim; see :meth:`Balancer.scalarize`."""
@@ -158,6 +178,10 @@ class GradientBalancer(Balancer):
     processes each decides by itself, from the same numbers: the decision must follow from these and the state alone,
     so that a random one needs a generator that is seeded alike in all of them.
     """
+
+    def before_backward(self) -> Undo | None:
+        """All buffers; see :meth:`Balancer.before_backward`."""
+        return putting_back(self.buffers())
 
     @abstractmethod
     def weigh(self, gradients: TaskGradients) -> Tensor | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from mtlwrap.balancers.base import Balancer, GradientBalancer, LossBalancer, described
 from mtlwrap.balancers.equal import EqualWeighting
 from mtlwrap.gradients import TaskGradients
+from mtlwrap.state import Undo
 
 
 class Compose(Balancer):
@@ -94,6 +95,14 @@ class Compose(Balancer):
         """Reset both parts."""
         self.loss.reset()
         self.gradient.reset()
+
+    def before_scalarize(self) -> Undo | None:
+        """The loss balancer's state."""
+        return self.loss.before_scalarize()
+
+    def before_backward(self) -> Undo | None:
+        """The gradient balancer's state."""
+        return self.gradient.before_backward()
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """The loss balancer's scalar."""

@@ -11,6 +11,7 @@ from mtlwrap.balancers.first_losses import FirstLosses
 from mtlwrap.checks import flag, integer, is_integer
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.rotations import Rotations
+from mtlwrap.state import Undo, putting_back
 from mtlwrap.vectors import widest
 
 
@@ -142,6 +143,11 @@ class RotateOnly(GradientBalancer):
         """One for each task that takes part; see :meth:`Balancer.weigh`."""
         self.first_losses.take(gradients)
         return widest(gradients.active)
+
+    def before_backward(self) -> Undo | None:
+        """All buffers but for the rotations, which the forward moves to where the optimizer has taken them."""
+        rotations = {id(buffer) for buffer in self.rotations.buffers()} if self.rotations is not None else set()
+        return putting_back(buffer for buffer in self.buffers() if id(buffer) not in rotations)
 
     def own_gradients(self, gradients: TaskGradients) -> dict[str, Tensor]:
         """The gradient of the rotation objective on the angles; zero for a task that takes no part."""

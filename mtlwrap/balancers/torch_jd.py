@@ -12,6 +12,7 @@ from mtlwrap.balancers.base import Balancer, GradientBalancer, LossBalancer, sel
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.plain_data import decoded
 from mtlwrap.processes import drawing_alike
+from mtlwrap.state import Undo
 from mtlwrap.surroundings import without_autocast
 from mtlwrap.torch_jd_methods import (
     Statistic,
@@ -190,6 +191,23 @@ class TorchJD(Balancer):
                 assign(modules[path], key, decoded(value, modules[path]))
             complete(modules[path])
 
+    def _putting_back(self) -> Undo | None:
+        """What puts the method's state back to what it is now; a part of it is no tensor, so the host asks."""
+        if not self._keeps_something:
+            return None
+        kept = snapshot(self.method)
+
+        def put_back(spoiled: Tensor) -> None:
+            if bool(spoiled):
+                restore(self.method, kept)
+
+        return put_back
+
+    @property
+    def _keeps_something(self) -> bool:
+        """Whether anything but parameters moves, which learn in the backward."""
+        return any(is_stateful(module) and attributes_of(module) for module in self.method.modules())
+
     def extra_repr(self) -> str:
         """The method."""
         return repr(self.method)
@@ -226,6 +244,10 @@ class TorchJDGradient(TorchJD, GradientBalancer):
         if tasks is not None and self.num_tasks is not None and torch.is_grad_enabled():
             self._seen_rows([task in tasks for task in range(self.num_tasks)])
         return super().scalarize(losses, tasks)
+
+    def before_backward(self) -> Undo | None:
+        """The method's state."""
+        return self._putting_back()
 
     def weigh(self, gradients: TaskGradients) -> Tensor | None:
         """The method's weights, or None where it is no weighting; see :meth:`Balancer.weigh`."""
@@ -298,6 +320,10 @@ class TorchJDLoss(TorchJD, LossBalancer):
         super().__init__()
         self._take(method)
 
+    def before_scalarize(self) -> Undo | None:
+        """The scalarizer's state."""
+        return self._putting_back()
+
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """The scalarizer's scalar; see :meth:`Balancer.scalarize`."""
         values = losses.to(torch.promote_types(losses.dtype, torch.float32))
@@ -310,8 +336,8 @@ class TorchJDLoss(TorchJD, LossBalancer):
         return total
 
     def _may_learn(self, values: Tensor) -> bool:
-        if not any(is_stateful(module) and attributes_of(module) for module in self.method.modules()):
-            return True  # parameters learn in the backward
+        if not self._keeps_something:
+            return True
         return self.training and torch.is_grad_enabled() and bool(values.isfinite().all())
 
     def _of_all(self, values: Tensor) -> Tensor:

@@ -635,6 +635,20 @@ def test_resumes_bit_for_bit(name: str, saved_after: int) -> None:
 
 
 @every_state
+def test_a_step_that_overflows_in_a_head_moves_no_state(name: str) -> None:
+    """Before any other step, and after one."""
+    training, reference = Training(name), Training(name)
+    for step in range(2):
+        before = through_file(training.state())
+        hook = training.model.heads["b"].weight.register_hook(lambda g: g * torch.inf)
+        training.model.backward(make_losses(training.model(make_input(10 + step, dtype=torch.float32))))
+        hook.remove()
+        training.optimizer.zero_grad()
+        assert_same_state(through_file(training.state()), before)
+        training.train(range(step, step + 1)).assert_equals(reference.train(range(step, step + 1)))
+
+
+@every_state
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_distributed_checkpoint(name: str, tmp_path: Path) -> None:
     """Into a model that has made no step; the optimizer would need one, so it is made anew on both sides."""
