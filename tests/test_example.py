@@ -269,6 +269,13 @@ class TestRun:
 
 @needs_flights
 class TestInterruption:
+    @pytest.fixture(autouse=True)
+    def hears_it(self):
+        """As in a terminal; what nohup runs is deaf to it, and so is what that starts."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     def test_shows_what_was_finished(self, tmp_path, monkeypatch, capsys, run):
         # Single-task training and the first balancer are done, of the second one all steps but the last.
         interrupt_after(monkeypatch, 6 * STEPS - 1)
