@@ -398,7 +398,8 @@ def _seeds(name: str, task: str, values: Any) -> list[list[float]]:
 
 
 def _is_sequence(value: Any) -> bool:
-    return hasattr(value, "__len__") and not isinstance(value, str)
+    # A tensor or an array of one number has a length too, which it does not tell.
+    return hasattr(value, "__len__") and not isinstance(value, str) and getattr(value, "ndim", 1) > 0
 
 
 def _flat(values: Any) -> list[float]:

@@ -5,7 +5,9 @@ import math
 import sys
 from itertools import combinations
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 
@@ -94,6 +96,12 @@ def test_curves_are_the_means_and_bands_the_deviations():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["equal", "uw"]
     assert "2 seeds" in figure.get_suptitle()
     drawn(figure)
+
+
+@pytest.mark.parametrize("made", [list, np.array, torch.tensor, lambda values: [*map(torch.tensor, values)]])
+def test_curves_of_numbers_that_are_tensors(made):
+    (axes,) = plotting.curves_figure({"equal": {"x": made([0.25, 0.5])}}).axes[:1]
+    assert list(axes.lines[0].get_ydata()) == [0.25, 0.5]
 
 
 def test_a_hundred_lines_are_all_different():
