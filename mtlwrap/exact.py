@@ -112,19 +112,9 @@ class Schedule(WideBuffers):
         # A weighing in a step that a GradScaler skips is none.
         return steps == 0 or steps >= self.refresh_every or strangers or (steps == 1 and not bool(self.sound))
 
-    def before_backward(self) -> Undo:
-        """What takes back a weighing whose step a GradScaler skips: the next step weighs anew.
-
-        That a step was made with the weights there are stays noted, for the host counts those.
-        """
-        before = self.weights.clone()
-
-        def take_back(spoiled: Tensor) -> None:
-            spoiled = spoiled.to(self.weights.device)
-            self.sound.logical_and_(~spoiled)
-            torch.where(spoiled, before, self.weights, out=self.weights)
-
-        return take_back
+    def undo_weigh(self) -> Undo:
+        """What takes a weighing back; see :meth:`Balancer.undo_weigh`."""
+        return _Weighing(self)
 
     def keep(self, weights: Tensor, taking_part: Sequence[bool]) -> None:
         """Note a weighing; after one that is not finite the next step weighs anew."""
@@ -142,6 +132,23 @@ class Schedule(WideBuffers):
         self._on_host = steps + 1, known
         self.steps.add_(1)
         return torch.where(active, self.weights.to(active.device), 0.0)
+
+
+class _Weighing(Undo):
+    """Has a weighing made anew in the next step, and the weights before it back until then.
+
+    That a step was made with the weights there are stays noted, for the host counts those.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._weights = schedule.weights.clone()
+
+    def __call__(self, spoiled: Tensor, *_: object) -> None:
+        weights = self._schedule.weights
+        spoiled = spoiled.to(weights.device)
+        self._schedule.sound.logical_and_(~spoiled)
+        torch.where(spoiled, self._weights, weights, out=weights)
 
 
 def _forget(schedule: Schedule, _: object) -> None:

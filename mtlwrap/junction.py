@@ -22,10 +22,10 @@ from mtlwrap.passes import Order
 from mtlwrap.probe import check_repeatable, check_whole
 from mtlwrap.processes import NOTHING_TO_TRAIN, Peers
 from mtlwrap.safeguard import Safeguard
-from mtlwrap.state import is_sharded, whole_parameters
+from mtlwrap.state import Undo, is_sharded, whole_parameters
 from mtlwrap.step import current_scope
 from mtlwrap.structure import differentiable_tensors
-from mtlwrap.surroundings import opaque, transforming
+from mtlwrap.surroundings import autocasts_to_float16, opaque, transforming
 
 
 class Junction:
@@ -44,6 +44,9 @@ class Junction:
         self._communicating: frozenset[int] = frozenset()
         # Of a total of no losses.
         self._device, self._dtype = torch.device("cpu"), torch.float32
+        # Whether the last forward was in float16, in whole or in part; the backward passes that are watched then.
+        self._is_float16 = False
+        self._watched: dict[int, list[Undo]] = {}
         # Whether the graph of exact gradients was looked at.
         self._seen_exact = False
 
@@ -86,6 +89,7 @@ class Junction:
                 "grad and another one does. Expected first the one that the backbone trains."
             )
         self._device = tensors[0].device
+        self._is_float16 = autocasts_to_float16(self._device.type) or any(t.dtype is torch.float16 for t in tensors)
         dtype = tensors[0].dtype
         self._dtype = torch.promote_types(dtype.to_real() if dtype.is_complex else dtype, torch.float32)
         own, shared = self._through_node(forked, balancer, tuple(tasks), exact)
@@ -237,22 +241,22 @@ class Junction:
     ) -> Order:
         """Who takes part, and the losses: in all processes, if there are several."""
         ranks = self.peers.ranks
+        is_float16 = self._is_float16 or any(loss.dtype is torch.float16 for loss in chosen)
         if ranks is None:
-            return Order(here, here, vector_of(chosen) if chosen else torch.zeros(0))
+            return Order(here, here, vector_of(chosen) if chosen else torch.zeros(0), is_float16=is_float16)
         # The same form of message whichever losses there are, and wherever they lie.
         values = (vector_of(chosen) if chosen else torch.zeros(0)).to(self._device, self._dtype)
         # With gradients averaged by hand a process may stand aside.
-        stands_aside = not any(here) and not any(connection.tasks for connection in found.connections)
+        is_out = not any(here) and not any(connection.tasks for connection in found.connections) and self.peers.waits
         agreed = ranks.agree(
             here,
             values,
-            self._form(found, balancer),
+            self._form(found, balancer, is_float16),
             read=read,
             passes_on=passes_on,
-            is_apart=model is None or self.peers.are_apart_after(model.parameters()),
-            stands_aside=stands_aside,
+            gradients_differ=is_float16 and (model is None or self.peers.gradients_differ(model.parameters())),
             is_idle=is_idle,
-            is_out=stands_aside and self.peers.waits,
+            is_out=is_out,
         )
         for station in found.stations:
             station.is_ordered = True
@@ -264,14 +268,16 @@ class Junction:
             self._communicating,
             agreed.read,
             agreed.passes_on,
-            is_apart=agreed.is_apart,
-            is_whole=agreed.is_whole,
+            is_float16=is_float16,
+            gradients_differ=agreed.gradients_differ,
         )
 
-    def _form(self, found: Found, balancer: Balancer) -> str:
+    def _form(self, found: Found, balancer: Balancer, is_float16: bool) -> str:
         """What the processes' steps must have in common, in words."""
         again = any(station.is_ordered for station in found.stations)
         words = [f"tasks {self.tasks}", f"losses of a forward that {'was' if again else 'was not'} scalarized before"]
+        if is_float16:
+            words.append("training in float16")
         if self.peers.is_sharded:
             tasks = sorted({self.tasks[task] for connection in found.connections for task in connection.tasks})
             words.append(f"{len(found.connections)} forwards, through the heads of {tasks}")
@@ -298,22 +304,30 @@ class Junction:
             order.safeguard = self._safeguard(found, order, balancer, model)
         with whole_parameters(balancer):
             total = balancer.scalarize(vector, _positions(order.taking_part))
+        if order.safeguard is not None:
+            order.safeguard.note_scalarized()
         if not isinstance(total, Tensor) or total.dim() != 0:
             shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
             raise ValueError(f"{type(balancer).__name__}.scalarize: expected to return a 0-dim tensor, got {shape}.")
         return cast("Tensor", ScalarNode.apply(order, found.stations, total))
 
     def _safeguard(self, found: Found, order: Order, balancer: Balancer, model: nn.Module | None) -> Safeguard | None:
-        """What takes back a step whose gradients overflow; none where a process makes no backward pass to tell of."""
-        if not order.is_whole:
+        """What takes back a step whose gradients overflow, where a GradScaler may skip it: in float16.
+
+        None if the processes would have to tell each other in a backward pass that none of them needs to make.
+        """
+        waits = order.ranks is None or self.peers.waits_now or (balancer.sees_gradients and bool(found.forks))
+        if not order.is_float16 or (order.gradients_differ and not waits):
             return None
         keepers: list[Balancer | Schedule] = [balancer] if found.forks else []
         keepers += {fork.exact.schedule for fork in found.forks if fork.exact and fork.exact.schedule}
         return Safeguard(
             model,
-            balancer.before_scalarize(),
-            [keeper.before_backward for keeper in keepers],
-            order.ranks if order.is_apart else None,
+            balancer.undo_scalarize(),
+            [keeper.undo_weigh for keeper in keepers],
+            self._watched,
+            order.ranks if order.gradients_differ else None,
+            self._device,
         )
 
     def _read_by(

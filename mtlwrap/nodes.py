@@ -411,7 +411,7 @@ class ScalarNode(torch.autograd.Function):
             station.leave(running)
         remember(ctx.order.passes, running)
         if ctx.order.safeguard is not None:
-            ctx.order.safeguard.watch(ctx)
+            ctx.order.safeguard.watch(ctx, graph_task_id())
         return None, None, gradient
 
 

@@ -61,8 +61,8 @@ class Order:
         communicating: the tasks whose heads have a gradient from other processes too.
         read: for each task, whether an auxiliary loss reads its prediction in any process.
         passes_on: whether any process has to run its backbone backward by the ordinary pass.
-        is_apart: whether the parameters' gradients can differ between the processes after the backward pass.
-        is_whole: whether every process makes a backward pass.
+        is_float16: whether any of it is in float16.
+        gradients_differ: whether those on the parameters can differ between the processes after the backward pass.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class Order:
         read: Sequence[bool] = (),
         passes_on: bool = False,
         *,
-        is_apart: bool = False,
-        is_whole: bool = True,
+        is_float16: bool = False,
+        gradients_differ: bool = False,
     ) -> None:
         self.taking_part = taking_part
         self.here = here
@@ -88,8 +88,8 @@ class Order:
         # Whether its head is to run backward, in all processes if it is in one.
         self.running = tuple(map(any, zip(taking_part, read, strict=True))) if read else taking_part
         self.passes_on = passes_on
-        self.is_apart = is_apart
-        self.is_whole = is_whole
+        self.is_float16 = is_float16
+        self.gradients_differ = gradients_differ
         self.losses = losses
         self.ranks = ranks
         # Makes a decision, given the gradients on the losses, in a pass; None leaves it to the fork.

@@ -38,16 +38,14 @@ class Agreement(NamedTuple):
         read: for each task, whether an auxiliary loss reads its prediction in any process.
         passes_on: whether any process has to run its backbone backward by the ordinary pass.
         losses: the means of the losses that take part, a vector.
-        is_apart: whether the parameters' gradients can differ between the processes after the backward pass.
-        is_whole: whether every process makes a backward pass.
+        gradients_differ: whether those on the parameters can differ between the processes after the backward pass.
     """
 
     taking_part: tuple[bool, ...]
     read: tuple[bool, ...]
     passes_on: bool
     losses: Tensor
-    is_apart: bool
-    is_whole: bool
+    gradients_differ: bool
 
 
 class Ranks:
@@ -74,8 +72,7 @@ class Ranks:
         *,
         read: Sequence[bool],
         passes_on: bool = False,
-        is_apart: bool = True,
-        stands_aside: bool = False,
+        gradients_differ: bool = False,
         is_idle: bool = False,
         is_out: bool = False,
     ) -> Agreement:
@@ -87,10 +84,9 @@ class Ranks:
             form: what must be the same on every rank, in words.
             read: for each task, whether an auxiliary loss reads its prediction here.
             passes_on: whether the backbone must be run backward here by the ordinary pass.
-            is_apart: whether the gradients here are not all averaged over the processes in the backward pass.
-            stands_aside: whether there is nothing here to run backward, and nobody who waits for it.
+            gradients_differ: whether those on the parameters are not averaged over all processes in the backward pass.
             is_idle: whether there are losses here, but none that can be trained.
-            is_out: whether there is nothing here to run backward, and the others would wait.
+            is_out: whether there is nothing here to run backward.
 
         Raises:
             ValueError: on every rank: the form is not that of the others, one of them refuses or is out, or all are
@@ -99,9 +95,9 @@ class Ranks:
         remaining = iter(losses.detach().double().unbind())
         nothing = losses.new_zeros((), dtype=torch.float64)
         spread = torch.stack([next(remaining) if here else nothing for here in present])
-        flags = [*present, *read, *_bits(form), passes_on, is_apart, stands_aside, is_out, is_idle, False]
+        flags = [*present, *read, *_bits(form), passes_on, gradients_differ, is_out, is_idle, False]
         counts, spread = self._told(flags, spread)
-        *tasks, passing, apart, aside, out, idle, refusing = (round(count) for count in counts)
+        *tasks, passing, differing, out, idle, refusing = (round(count) for count in counts)
         first, second = len(present), 2 * len(present)
         anywhere, reading, digits = tasks[:first], tasks[first:second], tasks[second:]
         if refusing:
@@ -119,13 +115,17 @@ class Ranks:
         taking_part = [value for value, count in zip(spread.unbind(), anywhere, strict=True) if count]
         means = torch.stack(taking_part).to(losses.dtype) if taking_part else losses
         return Agreement(
-            tuple(map(bool, anywhere)), tuple(map(bool, reading)), passing > 0, means, apart > 0, aside == 0
+            taking_part=tuple(map(bool, anywhere)),
+            read=tuple(map(bool, reading)),
+            passes_on=passing > 0,
+            losses=means,
+            gradients_differ=differing > 0,
         )
 
     def refuse(self, num_tasks: int, device: torch.device) -> None:
         """Tell the others, who call :meth:`agree`, that this process raises instead."""
         nothing = torch.zeros(num_tasks, dtype=torch.float64, device=device)
-        self._told([*[False] * (2 * num_tasks), *_bits(""), *[False] * 5, True], nothing, refusing=True)
+        self._told([*[False] * (2 * num_tasks), *_bits(""), *[False] * 4, True], nothing, refusing=True)
 
     def _told(self, flags: Sequence[bool], losses: Tensor, *, refusing: bool = False) -> tuple[list[float], Tensor]:
         """How many ranks say yes to each, and the mean of the losses."""
@@ -190,7 +190,7 @@ class Peers:
         self._world: Any = None  # and all processes at that time
         self._ddp_found: weakref.ref[Any] | None = None
         self._is_replicated = False
-        # Whether DDP averages all gradients of this forward's backward pass.
+        # Whether DDP averages gradients in the backward pass of this forward.
         self._is_averaged = False
         # Whether each process holds a part of the parameters only; None before a forward.
         self.is_sharded: bool | None = None
@@ -232,9 +232,7 @@ class Peers:
         is_new = ddp is not None and ddp is not self._ddp
         if is_new:
             self._ddp_found = weakref.ref(ddp)
-        # Not under no_sync, and not those that it was told to leave alone.
-        synced = bool(getattr(ddp, "require_backward_grad_sync", False))
-        self._is_averaged = synced and not getattr(ddp, "parameters_to_ignore", True)
+        self._is_averaged = bool(getattr(ddp, "require_backward_grad_sync", False))  # not under no_sync
         if self.ranks is not None and not (is_new and self._setting == "auto"):
             return
         group = self._setting if self._setting != "auto" else _group_of(ddp, model)
@@ -293,12 +291,21 @@ class Peers:
         """Whether only the last forward can be run backward, for DDP looks for unused parameters in each."""
         return bool(getattr(self._ddp, "find_unused_parameters", False))
 
-    def are_apart_after(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether the gradients of these can differ between the processes after the backward pass.
+    def gradients_differ(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether those of these parameters can differ between the processes after the backward pass.
 
-        Those that are there already may, and whatever is averaged with them.
+        Those that are there already may, and whatever is averaged with them; so may what DDP was told to leave alone,
+        and what a communication hook makes of it.
         """
-        return not self._is_averaged or any(parameter.grad is not None for parameter in parameters)
+        ddp = self._ddp
+        if not self._is_averaged or ddp is None or ddp.parameters_to_ignore or getattr(ddp, "_comm_hooks", True):
+            return True
+        return any(parameter.grad is not None for parameter in parameters)
+
+    @property
+    def waits_now(self) -> bool:
+        """Whether the backward pass of the last forward waits for that of the others, all the way."""
+        return bool(self.is_sharded) or self._is_averaged
 
     @property
     def waits(self) -> bool:

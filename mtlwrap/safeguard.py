@@ -1,108 +1,143 @@
-"""A backward pass that makes gradients which are not finite moves no state: a trainer skips its step."""
+"""A backward pass in float16 whose gradients overflow moves no state: a GradScaler skips its step."""
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from mtlwrap.processes import Ranks
-from mtlwrap.state import Undo, is_sharded
+from mtlwrap.state import Mark, Place, Undo, is_sharded
 
 # Has a function called when the running backward pass has ended; not public. Without it nobody knows when that is, and
 # nothing is taken back.
 _queue = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "queue_callback", None)
+# How often to go to the end of the line of those who wait for that. DistributedDataParallel and fully_shard put
+# gradients in their place in such calls, which ask for others: once more than was ever seen to be needed.
+_TURNS = 3
+# Backward passes that may be running at once; older ones have come to an end before their time.
+_MOST_PASSES = 64
+
+# A gradient, by what it belongs to.
+Gradients = dict[int, Tensor]
 
 
 class Safeguard:
-    """Takes back what a step changed in a balancer, where any gradient is not finite after its backward pass.
+    """Takes back what one step has changed in a balancer, if the backward pass makes a gradient that is not finite.
 
-    A balancer looks at losses and at gradients on what is shared, and lets those alone that are not finite. Others are
-    made after it has decided, in the backbone, or where it does not look, in a head. Whether they are finite is known
-    when the pass has ended, and to the device alone: the host does not wait for it.
-
-    Only gradients that this pass has spoiled count: one that nobody sets to zero would hold the state forever.
+    A balancer lets losses and gradients alone that are not finite. Others are made after it has decided, in the
+    backbone, or where it does not look, in a head: whether these are finite is known when the pass has ended, and to
+    the device alone, for the host does not wait. Those of the model's own parameters count, that this very pass has
+    spoiled: a gradient that nobody sets to zero would hold the state forever.
 
     Args:
         model: what has gradients; None for what the graph leads to.
         undo: puts back what ``scalarize`` has moved.
-        before_backward: asked as the backward pass begins for what puts back what it will move.
+        to_undo: each asked, as the backward pass begins, for what puts back what that will move.
+        watched: by the number of a backward pass what is to be undone after it, shared by all that guard a balancer.
         ranks: the processes, where the gradients of each are its own.
+        device: that of the model.
     """
 
     def __init__(
         self,
         model: nn.Module | None,
         undo: Undo | None,
-        before_backward: Sequence[Callable[[], Undo | None]],
+        to_undo: Sequence[Callable[[], Undo | None]],
+        watched: dict[int, list[Undo]],
         ranks: Ranks | None,
+        device: torch.device,
     ) -> None:
-        self._model = model
+        self._model = None if model is None else weakref.ref(model)  # a total that is kept holds no model
         self._undo = undo
-        self._before_backward = before_backward
+        self._to_undo = to_undo
+        self._watched = watched
         self._ranks = ranks
+        self._device = device
 
-    def watch(self, node: Node) -> None:
-        """Called at the node where the backward pass begins."""
-        undos = [undo for undo in (*(before() for before in self._before_backward), self._undo) if undo is not None]
+    def note_scalarized(self) -> None:
+        """Called once ``scalarize`` has moved what it moves."""
+        if self._undo is not None:
+            self._undo.settle()
+
+    def watch(self, node: Node, task: int) -> None:
+        """Called at the node where a backward pass comes in, with its number."""
+        made = [make() for make in self._to_undo]
+        undos = [undo for undo in (*made, self._undo) if undo is not None and undo]
         self._undo = None  # another pass over the same losses is not what they moved the state for
-        if undos and _queue is not None:
-            parameters = leaves(node) if self._model is None else parameters_of(self._model)
-            _at_the_end(partial(self._look, undos, parameters, are_finite(parameters)))
+        if task in self._watched:  # several totals in one pass: the last one comes first
+            self._watched[task] += undos
+        elif undos and _queue is not None:
+            self._watched[task] = undos
+            while len(self._watched) > _MOST_PASSES:
+                self._watched.pop(next(iter(self._watched)))
+            gradients = partial(of_leaves, leaves(node)) if self._model is None else partial(of_model, self._model)
+            _at_the_end(partial(self._look, gradients, _known(gradients()), task))
 
-    def _look(self, undos: Sequence[Undo], parameters: list[Tensor], before: Tensor | None) -> None:
-        if self._model is not None and self._ranks is not None:  # those that fully_shard has put in place since
-            parameters = parameters_of(self._model)
-        after = are_finite(parameters)
-        if after is None:  # none were asked for
-            after = torch.ones((), dtype=torch.bool, device=next((p.device for p in parameters), None))
-        spoiled = ~after if before is None else before.to(after.device) & ~after
+    def _look(self, gradients: Callable[[], Gradients], known: dict[int, Tensor], task: int) -> None:
+        made = gradients()
+        spoiled = _spoiled(made, known) if made else torch.zeros((), dtype=torch.bool, device=self._device)
         if self._ranks is not None:
             spoiled = self._ranks.any(spoiled)
-        for undo in undos:
-            undo(spoiled)
+        restored: dict[Place, Mark] = {}
+        for undo in self._watched.pop(task, []):
+            undo.settle()  # nothing more, if that was noted before
+            undo(spoiled, restored)
 
 
-def _at_the_end(function: Callable[[], None], turns: int = 3) -> None:
-    """Have a function called once the running backward pass has ended, and every gradient is in its place.
-
-    DistributedDataParallel and fully_shard put them there in calls like this one, which may ask for another: it goes to
-    the end of the line once more than was ever seen to be needed.
-    """
+def _at_the_end(function: Callable[[], None], turns: int = _TURNS) -> None:
+    """Have a function called once the running backward pass has ended, and every gradient is in its place."""
     _queue(function if turns == 1 else partial(_at_the_end, function, turns - 1))  # type: ignore[misc]
 
 
+def _known(gradients: Gradients) -> dict[int, Tensor]:
+    """Which of the gradients are finite, as bools of no dimension."""
+    return dict(zip(gradients, are_finite(list(gradients.values())).unbind(), strict=True)) if gradients else {}
+
+
 @torch.no_grad()
-def are_finite(parameters: Iterable[Tensor]) -> Tensor | None:
-    """Whether all gradients of these parameters are finite, of no dimension; None where there are none."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    gradients = [g if type(g) is Tensor and g.layout is torch.strided else _values(g) for g in gradients]
-    if not gradients:
-        return None
-    elsewhere = [gradient for gradient in gradients if gradient.device.type != "cpu"]
-    if elsewhere:  # all in a few launches
-        on_host = [gradient for gradient in gradients if gradient.device.type == "cpu"]
-        filled = [gradient for gradient in elsewhere + on_host if gradient.numel()]
-        return torch.nn.utils.get_total_norm(filled, torch.inf).isfinite()
-    dtype = torch.float32
-    for kind in {gradient.dtype for gradient in gradients}:
-        dtype = torch.promote_types(dtype, kind)
-    # On a CPU a sum takes a tenth of the time of a largest value.
-    return torch.stack([gradient.sum(dtype=dtype) for gradient in gradients]).isfinite().all()
+def _spoiled(gradients: Gradients, known: dict[int, Tensor]) -> Tensor:
+    """Whether any is not finite that was so, or was not there, before."""
+    finite = are_finite(list(gradients.values()))
+    if known:
+        sound = torch.ones_like(finite[0])
+        finite = finite | ~torch.stack([known.get(key, sound).to(finite.device) for key in gradients])
+    return ~finite.all()
 
 
-def parameters_of(model: nn.Module) -> list[Tensor]:
-    """All parameters of a model, a shared one perhaps twice: as ``model.parameters()``, in a third of its time."""
-    found: list[Tensor] = []
-    visited: set[nn.Module] = set()
-    stack: list[nn.Module | None] = [model]
-    while stack:
-        module = stack.pop()
-        if module is not None and module not in visited:
-            visited.add(module)
-            found += [parameter for parameter in module._parameters.values() if parameter is not None]
-            stack += module._modules.values()
+@torch.no_grad()
+def are_finite(gradients: list[Tensor]) -> Tensor:
+    """For each gradient, whether all of it is finite; on the device of the first that is not on the host."""
+    norms = torch._foreach_norm(gradients, torch.inf)
+    device = next((norm.device for norm in norms if norm.device.type != "cpu"), norms[0].device)
+    return torch.stack([norm.to(device) for norm in norms]).isfinite()
+
+
+def of_model(model: "weakref.ref[nn.Module]") -> Gradients:
+    """The gradients of a model's parameters, as far as this process has them."""
+    found: Gradients = {}
+    whole = model()
+    for module in () if whole is None else whole.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                _note(found, id(parameter), parameter.grad)
+        for sharded in _sharded_here(module):
+            # Of the two the module has the one or the other; and whole gradients may be accumulated, which it has not.
+            for parameter in (sharded.sharded_param, getattr(sharded, "_unsharded_param", None)):
+                if parameter is not None:
+                    _note(found, id(parameter), parameter.grad)
+            _note(found, id(sharded), getattr(sharded, "unsharded_accumulated_grad", None))
+    return found
+
+
+def of_leaves(tensors: Iterable[Tensor]) -> Gradients:
+    """The gradients of these tensors."""
+    found: Gradients = {}
+    for tensor in tensors:
+        _note(found, id(tensor), tensor.grad)
     return found
 
 
@@ -121,8 +156,19 @@ def leaves(node: Node) -> list[Tensor]:
     return found
 
 
-def _values(gradient: Tensor) -> Tensor:
-    """The numbers of a gradient that this process has."""
+def _sharded_here(module: nn.Module) -> Iterable[Any]:
+    """What ``fully_shard`` keeps of each parameter that it was called for on this module; not public."""
+    state = getattr(module, "_get_fsdp_state", lambda: None)()
+    for group in getattr(state, "_fsdp_param_groups", ()):
+        yield from group.fsdp_params
+
+
+def _note(found: Gradients, key: int, gradient: Tensor | None) -> None:
+    if gradient is None:
+        return
     if is_sharded(gradient):
         gradient = gradient.to_local()  # type: ignore[attr-defined]
-    return gradient._values() if gradient.layout == torch.sparse_coo else gradient
+    if gradient.layout == torch.sparse_coo:
+        gradient = gradient._values()
+    if gradient.numel():
+        found[key] = gradient

@@ -1,14 +1,87 @@
 """State that is kept over a training."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-# Puts a state back to what it was where it is told to, by a bool of no dimension on any device.
-Undo = Callable[[Tensor], None]
+# Where a buffer is: its module and its name. What is there: which tensor, how often written to.
+Place = tuple[nn.Module, str]
+Mark = tuple[Tensor | None, int]
+
+
+class Undo:
+    """Made before a state moves, it puts back what was there, on the word of a device."""
+
+    def settle(self) -> None:
+        """Called once the state has moved. Neutral: nothing."""
+
+    def __call__(self, spoiled: Tensor, restored: dict[Place, Mark]) -> None:
+        """Put back what was there.
+
+        Args:
+            spoiled: only if this is true; a bool of no dimension, on any device.
+            restored: what has been put back by those that were made after this one, and what is there now as good as.
+        """
+        raise NotImplementedError
+
+
+class Kept(Undo):
+    """What the buffers of a module hold; none that nobody has written to, or that others have since, is touched.
+
+    Args:
+        module: whose buffers, and those of its parts.
+        without: parts that do not count.
+    """
+
+    def __init__(self, module: nn.Module, *without: nn.Module | None) -> None:
+        left_out = {part for whole in without if whole is not None for part in whole.modules()}
+        owners = [part for part in module.modules() if part._buffers and part not in left_out]
+        self._kept = [
+            ((owner, name), (buffer, buffer._version), buffer.clone())
+            for owner in owners
+            for name, buffer in owner._buffers.items()
+            if buffer is not None and buffer.numel() and buffer.layout is torch.strided and not buffer.is_inference()
+        ]
+        # What has moved: where, what was there, what is there now, and the numbers that were there.
+        self._moved: list[tuple[Place, Mark, Mark, Tensor]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._kept or self._moved)
+
+    def settle(self) -> None:
+        """Note what has been written to, or replaced, by a tensor of the same form."""
+        for place, was, before in self._kept:
+            now = _mark(place)
+            if not _same(now, was) and now[0] is not None and now[0].shape == before.shape:
+                self._moved.append((place, was, now, before))
+        self._kept = []
+
+    @torch.no_grad()
+    def __call__(self, spoiled: Tensor, restored: dict[Place, Mark]) -> None:
+        """See :meth:`Undo.__call__`."""
+        for place, was, moved, before in self._moved:
+            if not _same(restored.get(place, _mark(place)), moved):
+                continue
+            owner, name = place
+            buffer = cast("Tensor", owner._buffers[name])
+            spoiled, before = spoiled.to(buffer.device), before.to(buffer)
+            if was[0] is moved[0]:  # in place, and so again: a CUDA graph reads and writes where it did
+                torch.where(spoiled, before, buffer, out=buffer)
+            else:
+                owner._buffers[name] = torch.where(spoiled, before, buffer)
+            restored[place] = was
+
+
+def _mark(place: Place) -> Mark:
+    buffer = place[0]._buffers.get(place[1])
+    return buffer, 0 if buffer is None else buffer._version
+
+
+def _same(one: Mark, other: Mark) -> bool:
+    return one[0] is other[0] and one[1] == other[1]
 
 
 class WideBuffers(nn.Module):
@@ -22,18 +95,6 @@ class WideBuffers(nn.Module):
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[name] = _widened(buffer, module._buffers[name])
         return self
-
-
-def putting_back(buffers: Iterable[Tensor]) -> Undo | None:
-    """What puts these buffers back to what they are now; None if there is nothing in them."""
-    kept = [(buffer, buffer.clone()) for buffer in buffers if buffer.numel()]
-
-    @torch.no_grad()
-    def put_back(spoiled: Tensor) -> None:
-        for buffer, before in kept:
-            torch.where(spoiled.to(buffer.device), before, buffer, out=buffer)
-
-    return put_back if kept else None
 
 
 def is_sharded(tensor: Tensor) -> bool:

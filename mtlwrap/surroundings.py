@@ -39,6 +39,13 @@ def transforming() -> bool:
     return _interpreter() is not None
 
 
+def autocasts_to_float16(device_type: str) -> bool:
+    """Whether autocast is on, and makes float16 of what it can."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return False
+    return torch.get_autocast_dtype(device_type) is torch.float16
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast must not take a decision down to half precision; some devices, such as meta, have no autocast."""
     if torch.amp.is_autocast_available(device_type):

@@ -77,6 +77,9 @@ BALANCERS = {
     "compose": lambda: Compose(loss=UW(init=[0.25, -0.5, 0.125]), gradient=IMTLG(nonneg=True)),
 }
 
+# Those whose state follows the losses.
+FOLLOW_LOSSES = ("dwa", "famo", "imtl-first-losses", "rlw")
+
 TASKS = ("a", "b", "c")
 
 
@@ -112,6 +115,12 @@ def make_losses(predictions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "c": lambda p: 100 * p.exp().mean(),
     }
     return {task: kinds[task](prediction) for task, prediction in predictions.items()}
+
+
+def float16_losses(model: MultiTaskModel, x: Tensor) -> dict[str, Tensor]:
+    """The losses of a model in training with autocast, as a GradScaler is made for."""
+    with torch.autocast(DEVICE.type, dtype=torch.float16):
+        return make_losses({task: prediction.float() for task, prediction in model(x).items()})
 
 
 def unwrapped_losses(model: MultiTaskModel, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,5 +1,7 @@
-"""A backward pass that makes any gradient overflow moves no state, wherever in the network it does."""
+"""A backward pass in float16 that makes any gradient overflow moves no state, wherever in the network it does."""
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,13 +12,26 @@ from torch.testing import assert_close
 
 from mtlwrap import DWA, Balancer, ExcessMTL, GradientBalancer, LossBalancer, MultiTaskModel, Parameters, fork
 from mtlwrap import safeguard as module
-from mtlwrap.safeguard import are_finite, leaves
-from tests.common import BALANCERS, DEVICE, TASKS, grads, make_backbone, make_heads, make_input, make_losses, make_model
+from mtlwrap.safeguard import are_finite, leaves, of_leaves
+from tests.common import (
+    BALANCERS,
+    DEVICE,
+    float16_losses,
+    make_backbone,
+    make_heads,
+    make_input,
+    make_losses,
+    make_model,
+)
 
 EXACT = {"rtol": 0, "atol": 0}
 # What of the network overflows: a head's own gradient, which no balancer looks at, or the backbone's, which is made
 # after it has decided.
 PLACES = {"head": "heads.b.weight", "backbone": "backbone.0.weight"}
+
+
+def batch(seed: int = 0) -> Tensor:
+    return make_input(seed, dtype=torch.float32)
 
 
 class Trainer:
@@ -29,7 +44,7 @@ class Trainer:
     def backward(self, seed: int, spoiled: str = "", bad: float = torch.inf) -> None:
         hooks = [p.register_hook(lambda g: g * bad) for n, p in self.model.named_parameters() if n == spoiled]
         assert len(hooks) == bool(spoiled)
-        self.model.backward(make_losses(self.model(make_input(seed))))
+        self.model.backward(float16_losses(self.model, batch(seed)))
         for hook in hooks:
             hook.remove()
 
@@ -41,7 +56,7 @@ class Trainer:
     def bad_step(self, seed: int, spoiled: str, bad: float = torch.inf) -> None:
         before = self.moved()
         self.backward(seed, spoiled, bad)
-        assert are_finite(self.model.parameters()) == torch.zeros((), dtype=torch.bool, device=DEVICE)
+        assert not all(p.grad.isfinite().all() for p in self.model.parameters() if p.grad is not None)
         self.optimizer.zero_grad()
         assert_close(self.moved(), before, **EXACT)
 
@@ -54,16 +69,15 @@ class Trainer:
 
 
 def twins(balancer: Callable[[], Balancer | None], **options: Any) -> tuple[Trainer, Trainer]:
-    first, second = (make_model(balancer()) if not options else exact_model(balancer(), **options) for _ in range(2))
+    first, second = (made(balancer(), **options) for _ in range(2))
     for model in (first, second):
-        model.prepare(make_input())
+        model.prepare(batch())
     return Trainer(first), Trainer(second)
 
 
-def exact_model(balancer: Balancer | None, gradients: Parameters) -> MultiTaskModel:
+def made(balancer: Balancer | None, **options: Any) -> MultiTaskModel:
     torch.manual_seed(1)
-    model = MultiTaskModel(make_backbone(), make_heads(), balancer, gradients=gradients)
-    return model.to(device=DEVICE, dtype=torch.float64)
+    return MultiTaskModel(make_backbone(), make_heads(), balancer, **options).to(DEVICE)
 
 
 def assert_alike(first: Trainer, second: Trainer) -> None:
@@ -130,9 +144,8 @@ def test_a_bad_step_between_weighings_keeps_the_weights() -> None:
 def test_an_auxiliary_loss_counts_too(name: str) -> None:
     trainer, _ = twins(BALANCERS[name])
     before = trainer.state()
-    predictions = trainer.model(make_input())
-    auxiliary = (trainer.model.backbone[0].weight * torch.inf).sum()
-    trainer.model.backward(make_losses(predictions), auxiliary=auxiliary)
+    losses = float16_losses(trainer.model, batch())
+    trainer.model.backward(losses, auxiliary=(trainer.model.backbone[0].weight * torch.inf).sum())
     assert_close(trainer.state(), before, **EXACT)
 
 
@@ -165,6 +178,15 @@ def test_a_gradient_that_nobody_sets_to_zero_does_not_hold_the_state(name: str) 
     assert_alike(trainer, reference)
 
 
+def test_a_gradient_that_is_spoiled_already_hides_no_other() -> None:
+    trainer, _ = twins(BALANCERS["dwa"])
+    kept = trainer.model.heads["a"][1].weight
+    kept.grad = torch.full_like(kept, torch.inf)
+    before = trainer.state()
+    trainer.backward(0, PLACES["head"])
+    assert_close(trainer.state(), before, **EXACT)
+
+
 @pytest.mark.parametrize("set_to_none", [False, True])
 def test_gradients_set_to_zero_in_place(set_to_none: bool) -> None:
     trainer, reference = twins(BALANCERS["excess-mtl"])
@@ -179,7 +201,7 @@ def test_gradients_set_to_zero_in_place(set_to_none: bool) -> None:
 def test_gradients_that_are_asked_for_and_not_kept(name: str) -> None:
     """autograd.grad moves the state as backward does."""
     trainer, reference = twins(BALANCERS[name])
-    total = trainer.model.scalarize(make_losses(trainer.model(make_input())))
+    total = trainer.model.scalarize(float16_losses(trainer.model, batch(0)))
     torch.autograd.grad(total, [*trainer.model.model_parameters()])
     reference.backward(0)
     assert_alike(trainer, reference)
@@ -192,7 +214,7 @@ def test_two_totals_in_one_backward_pass(name: str) -> None:
     reference.step(0)
     before = trainer.moved()
     for each, bad in ((trainer, True), (reference, False)):
-        losses = [make_losses(each.model(make_input(seed))) for seed in (1, 2)]
+        losses = [float16_losses(each.model, batch(seed)) for seed in (1, 2)]
         hook = each.model.heads["b"].weight.register_hook(lambda g: g * torch.inf) if bad else None
         sum(each.model.scalarize(own) for own in losses).backward()
         if hook is not None:
@@ -205,7 +227,7 @@ def test_a_second_pass_over_the_same_losses_takes_nothing_back() -> None:
     """The first one was sound, and the step with its gradients may have been made."""
     trainer, reference = twins(BALANCERS["dwa"])
     for each in (trainer, reference):
-        total = each.model.scalarize(make_losses(each.model(make_input())))
+        total = each.model.scalarize(float16_losses(each.model, batch()))
         total.backward(retain_graph=True)
         if each is trainer:
             hook = each.model.heads["b"].weight.register_hook(lambda g: g * torch.inf)
@@ -253,8 +275,46 @@ class CountsBoth(CountsLosses):
         self.register_buffer("norms", torch.zeros(3))
 
 
+class Replaces(LossBalancer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            self.seen = 0.5 * self.seen + losses.detach().sum()
+        return losses.sum()
+
+
+class ReplacesNorms(GradientBalancer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("norms", torch.zeros(3))
+
+    def weigh(self, gradients: Any) -> Tensor:
+        if self.training:
+            self.norms = 0.5 * self.norms + gradients.norms
+        return torch.ones_like(gradients.norms)
+
+
+class Scales(GradientBalancer):
+    """Keeps something of the losses, and something of the gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("norms", torch.zeros(3))
+
+    scales_losses = True
+    scalarize = CountsLosses.scalarize
+    weigh = CountsGradients.weigh
+
+
+KINDS = [CountsLosses, CountsBoth, CountsGradients, Replaces, ReplacesNorms, Scales]
+
+
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", [CountsLosses, CountsBoth, CountsGradients])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_balancer_of_ones_own_needs_to_do_nothing_for_it(kind: type[Balancer], place: str) -> None:
     trainer, reference = twins(kind)
     trainer.step(0)
@@ -280,8 +340,9 @@ def test_a_fork_on_its_own_looks_at_what_its_graph_leads_to(make: Callable[[], B
 
     def backward(seed: int, bad: bool) -> None:
         x = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-        passage = fork(shared(x), balancer, 2)
-        losses = [head(z).square().mean() for head, z in zip(own, passage.aliases, strict=True)]
+        with torch.autocast(DEVICE.type, dtype=torch.float16):
+            passage = fork(shared(x), balancer, 2)
+            losses = [head(z).float().square().mean() for head, z in zip(own, passage.aliases, strict=True)]
         weight = shared.weight if place == "shared" else own[1].weight
         hook = weight.register_hook(lambda g: g * torch.inf) if bad else None
         passage.scalarize(losses).backward()
@@ -314,49 +375,161 @@ def test_the_leaves_of_a_graph() -> None:
 
 
 def with_gradient(gradient: Tensor) -> Tensor:
-    parameter = torch.zeros_like(gradient.to_dense() if gradient.is_sparse else gradient).requires_grad_()
-    parameter.grad = gradient.to(DEVICE) if DEVICE.type == "cpu" else gradient
+    parameter = torch.zeros(gradient.shape, dtype=gradient.dtype, device=DEVICE).requires_grad_()
+    parameter.grad = gradient
     return parameter
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
 def test_finite(dtype: torch.dtype) -> None:
-    """Against isfinite on every number: large ones, whose sum is beyond the type; infinities that cancel out."""
-    largest = 6e4 if dtype == torch.float16 else 1e30
-    parameters = [with_gradient(torch.full((3, 40), largest, dtype=dtype, device=DEVICE)) for _ in range(3)]
-    parameters.append(torch.zeros(2, device=DEVICE, requires_grad=True))  # without a gradient
-    parameters.append(with_gradient(torch.zeros(0, 4, dtype=dtype, device=DEVICE)))
-    assert bool(are_finite(parameters))
+    """Against isfinite on every number: of large ones the sum is beyond the type; infinities cancel out."""
+    largest = 6e4 if dtype == torch.float16 else 3e38
+    gradients = [torch.full((3, 40), largest, dtype=dtype, device=DEVICE) for _ in range(3)]
+    assert are_finite(gradients).tolist() == [True] * 3
     for values in ([torch.inf], [-torch.inf], [torch.nan], [torch.inf, -torch.inf]):
         for index in range(3):
             for position in (0, 17, 118):
-                spoiled = parameters[index].grad.clone()
-                spoiled.view(-1)[position : position + len(values)] = torch.tensor(values, dtype=dtype, device=DEVICE)
-                others = [*parameters[:index], with_gradient(spoiled), *parameters[index + 1 :]]
-                gradients = [p.grad for p in others if p.grad is not None]
-                assert not all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-                assert not bool(are_finite(others))
+                spoiled = [gradient.clone() for gradient in gradients]
+                place = spoiled[index].view(-1)[position : position + len(values)]
+                place.copy_(torch.tensor(values, dtype=dtype))
+                assert are_finite(spoiled).tolist() == [bool(g.isfinite().all()) for g in spoiled]
 
 
-def test_finite_with_mixed_types_and_sparse_gradients() -> None:
-    mixed = [with_gradient(torch.ones(3, dtype=kind, device=DEVICE)) for kind in (torch.float32, torch.float64)]
-    assert bool(are_finite(mixed))
+def test_the_gradients_that_count() -> None:
+    """Of mixed types, sparse ones by their values; no empty ones, of which there is no largest."""
+    float32, float64 = torch.ones(3, device=DEVICE), torch.ones(2, dtype=torch.float64, device=DEVICE)
     for value in (1.0, torch.inf):
         sparse = torch.sparse_coo_tensor([[0, 0]], [[1.0], [value]], (5, 1), device=DEVICE, check_invariants=True)
-        assert bool(are_finite([*mixed, with_gradient(sparse)])) == (value == 1.0)
-
-
-def test_nothing_to_look_at() -> None:
-    assert are_finite([]) is None
-    assert are_finite([torch.zeros(2, requires_grad=True)]) is None
+        tensors = [with_gradient(gradient) for gradient in (float32, float64, sparse, torch.zeros(0, 4, device=DEVICE))]
+        found = of_leaves([*tensors, torch.zeros(2, requires_grad=True)])
+        assert list(found) == [id(tensor) for tensor in tensors[:3]]
+        assert are_finite(list(found.values())).tolist() == [True, True, value == 1.0]
 
 
 def test_grads_are_left_as_they_are() -> None:
     trainer, reference = twins(BALANCERS["excess-mtl"])
     trainer.backward(0, PLACES["head"], bad=torch.inf)
     reference.backward(0)
+    expected = dict(reference.model.named_parameters())
     for name, parameter in trainer.model.named_parameters():
-        if name != PLACES["head"]:
-            assert_close(parameter.grad, dict(reference.model.named_parameters())[name].grad, **EXACT)
-    assert grads([trainer.model.heads["b"].weight])[0].isinf().any()
-    assert set(TASKS) == set(trainer.model.tasks)
+        if name == PLACES["head"]:
+            assert parameter.grad.isinf().any()
+        else:
+            assert_close(parameter.grad, expected[name].grad, **EXACT)
+
+
+# --- what it leaves alone ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BALANCERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_no_scaler_is_needed_nobody_looks(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(BALANCERS[name]())
+    monkeypatch.setattr(module.Safeguard, "__init__", lambda *_: pytest.fail("looked"))
+    with torch.autocast(DEVICE.type, dtype=dtype, enabled=dtype != torch.float32):
+        losses = make_losses({task: p.float() for task, p in model(batch()).items()})
+    model.backward(losses)
+
+
+class Widens(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+@pytest.mark.parametrize("how", ["model", "loss", "autocast around a wide representation"])
+def test_other_ways_to_float16(how: str) -> None:
+    balancer = DWA(1)
+    model = MultiTaskModel(Widens(5, 8) if "autocast" in how else nn.Linear(5, 8), make_heads(), balancer).to(DEVICE)
+    if how == "model":
+        model.half()
+    with torch.autocast(DEVICE.type, dtype=torch.float16, enabled="autocast" in how):
+        losses = make_losses(model(batch().half() if how == "model" else batch()))
+    losses = {task: loss.half() if (task, how) == ("a", "loss") else loss.float() for task, loss in losses.items()}
+    model.heads["b"].weight.register_hook(lambda g: g * torch.inf)
+    model.backward(losses)
+    assert balancer.step == 0
+
+
+class Constant(LossBalancer):
+    """Saves a buffer for the backward pass, which may come twice; some cannot be written to at all."""
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weights", weights)
+
+    def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        return (self.weights.to_dense() * losses).sum()
+
+
+class SavesWhatItReplaces(LossBalancer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.ones(3))
+
+    def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        self.weights = (0.5 * self.weights + losses.detach()).mean().expand(3)
+        return (self.weights * losses).sum()
+
+
+def test_a_buffer_that_is_replaced_by_what_the_graph_needs() -> None:
+    model = made(SavesWhatItReplaces())
+    total = model.scalarize(float16_losses(model, batch()))
+    total.backward(retain_graph=True)
+    total.backward()
+
+
+@pytest.mark.parametrize(
+    "weights", [torch.tensor([1.0, 2.0, 3.0]), torch.ones(()).expand(3), torch.eye(3)[0].to_sparse()], ids=str
+)
+def test_buffers_that_do_not_move(weights: Tensor) -> None:
+    model = made(Constant(weights))
+    first, second = (model.scalarize(float16_losses(model, batch(seed))) for seed in range(2))
+    first.backward(retain_graph=True)
+    second.backward()
+    first.backward()
+
+
+@pytest.mark.parametrize("name", ["imtl", "dwa", "excess-mtl"])
+def test_a_total_that_is_kept_holds_no_model(name: str) -> None:
+    kept, alive = [], []
+    for seed in range(5):
+        model = made(BALANCERS[name]())
+        model.total = model.scalarize(float16_losses(model, batch(seed)))
+        model.total.backward()
+        kept.append(model.total)
+        alive.append(weakref.ref(model))
+        del model
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 5
+
+
+@pytest.mark.parametrize("name", ["dwa", "famo", "rlw", "excess-mtl", "rotograd"])
+def test_another_total_in_between_loses_nothing(name: str) -> None:
+    """What it has moved stays, though the first one overflows."""
+    trainer, reference = twins(BALANCERS[name])
+    first = trainer.model.scalarize(float16_losses(trainer.model, batch(1)))
+    trainer.step(2)
+    between = trainer.moved()
+    hook = trainer.model.heads["b"].weight.register_hook(lambda g: g * torch.inf)
+    first.backward()
+    hook.remove()
+    assert_close(trainer.moved(), between, **EXACT)
+    reference.step(2)
+    if name in ("excess-mtl", "rotograd"):  # the first total has moved nothing by then
+        assert_close(trainer.moved(), reference.moved(), **EXACT)
+
+
+@pytest.mark.parametrize("change", ["reset", "load"])
+def test_a_state_that_is_replaced_in_between_is_not_overwritten(change: str) -> None:
+    trainer, reference = twins(BALANCERS["dwa"])
+    reference.step(5)
+    total = trainer.model.scalarize(float16_losses(trainer.model, batch()))
+    if change == "reset":
+        trainer.model.balancer.reset()
+    else:
+        trainer.model.balancer.load_state_dict(reference.model.balancer.state_dict())
+    expected = trainer.moved()
+    hook = trainer.model.heads["b"].weight.register_hook(lambda g: g * torch.inf)
+    total.backward()
+    hook.remove()
+    assert_close(trainer.moved(), expected, **EXACT)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mtlwrap.checks import integer
 from mtlwrap.gradients import TaskGradients
-from mtlwrap.state import Undo, WideBuffers, putting_back
+from mtlwrap.state import Kept, Undo, WideBuffers
 from mtlwrap.surroundings import transforming
 from mtlwrap.vectors import widest
 
@@ -93,16 +93,15 @@ class Balancer(WideBuffers, ABC):
     def constrain(self) -> None:
         """Put learned parameters back to where they may be; called before each training step. Neutral: nothing."""
 
-    def before_scalarize(self) -> Undo | None:
-        """What puts the state back that :meth:`scalarize` is about to move; neutral: it moves none.
+    def undo_scalarize(self) -> Undo | None:
+        """Made before :meth:`scalarize`, what puts back the state that it moves; neutral: it moves none.
 
-        The model calls it in each training step, and what it returns when the backward pass has ended, with a bool of
-        no dimension: true if that has spoiled a gradient, so that a GradScaler skips the step.
+        Asked for in training with float16, and used where gradients overflow, so that a GradScaler skips the step.
         """
         return None
 
-    def before_backward(self) -> Undo | None:
-        """Likewise for what :meth:`weigh` and :meth:`own_gradients` are about to move."""
+    def undo_weigh(self) -> Undo | None:
+        """Likewise for what :meth:`weigh` and :meth:`own_gradients` move, made as the backward pass begins."""
         return None
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
@@ -141,13 +140,13 @@ class LossBalancer(Balancer):
         kind = type(self)
         return kind.weigh is not Balancer.weigh or kind.own_gradients is not Balancer.own_gradients
 
-    def before_scalarize(self) -> Undo | None:
-        """All buffers; see :meth:`Balancer.before_scalarize`."""
-        return putting_back(self.buffers())
+    def undo_scalarize(self) -> Undo | None:
+        """All buffers; see :meth:`Balancer.undo_scalarize`."""
+        return Kept(self)
 
-    def before_backward(self) -> Undo | None:
-        """All buffers, where it looks at the gradients; see :meth:`Balancer.before_backward`."""
-        return putting_back(self.buffers()) if self.sees_gradients else None
+    def undo_weigh(self) -> Undo | None:
+        """All buffers, where it looks at the gradients; see :meth:`Balancer.undo_weigh`."""
+        return Kept(self) if self.sees_gradients else None
 
     @abstractmethod
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
@@ -179,9 +178,13 @@ class GradientBalancer(Balancer):
     so that a random one needs a generator that is seeded alike in all of them.
     """
 
-    def before_backward(self) -> Undo | None:
-        """All buffers; see :meth:`Balancer.before_backward`."""
-        return putting_back(self.buffers())
+    def undo_scalarize(self) -> Undo | None:
+        """All buffers, where it looks at the losses; see :meth:`Balancer.undo_scalarize`."""
+        return Kept(self) if self.scales_losses else None
+
+    def undo_weigh(self) -> Undo | None:
+        """All buffers; see :meth:`Balancer.undo_weigh`."""
+        return Kept(self)
 
     @abstractmethod
     def weigh(self, gradients: TaskGradients) -> Tensor | None:

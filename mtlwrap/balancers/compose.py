@@ -96,13 +96,13 @@ class Compose(Balancer):
         self.loss.reset()
         self.gradient.reset()
 
-    def before_scalarize(self) -> Undo | None:
-        """The loss balancer's state."""
-        return self.loss.before_scalarize()
+    def undo_scalarize(self) -> Undo | None:
+        """The loss balancer's."""
+        return self.loss.undo_scalarize()
 
-    def before_backward(self) -> Undo | None:
-        """The gradient balancer's state."""
-        return self.gradient.before_backward()
+    def undo_weigh(self) -> Undo | None:
+        """The gradient balancer's."""
+        return self.gradient.undo_weigh()
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """The loss balancer's scalar."""

@@ -11,6 +11,7 @@ from mtlwrap.balancers.first_losses import FirstLosses
 from mtlwrap.balancers.norm_objective import logit_gradients, pulls, relative_rates
 from mtlwrap.checks import at_least_zero, is_number, ordered
 from mtlwrap.gradients import TaskGradients
+from mtlwrap.state import Undo
 from mtlwrap.vectors import widest
 
 
@@ -98,6 +99,10 @@ class GradNorm(GradientBalancer):
     def scales_losses(self) -> bool:
         """Heads see the weights too."""
         return True
+
+    def undo_scalarize(self) -> Undo | None:
+        """None: the losses are kept by :meth:`weigh`."""
+        return None
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """The weighted sum of the losses."""

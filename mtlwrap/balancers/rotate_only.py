@@ -11,7 +11,7 @@ from mtlwrap.balancers.first_losses import FirstLosses
 from mtlwrap.checks import flag, integer, is_integer
 from mtlwrap.gradients import TaskGradients
 from mtlwrap.rotations import Rotations
-from mtlwrap.state import Undo, putting_back
+from mtlwrap.state import Kept, Undo
 from mtlwrap.vectors import widest
 
 
@@ -144,10 +144,13 @@ class RotateOnly(GradientBalancer):
         self.first_losses.take(gradients)
         return widest(gradients.active)
 
-    def before_backward(self) -> Undo | None:
-        """All buffers but for the rotations, which the forward moves to where the optimizer has taken them."""
-        rotations = {id(buffer) for buffer in self.rotations.buffers()} if self.rotations is not None else set()
-        return putting_back(buffer for buffer in self.buffers() if id(buffer) not in rotations)
+    def undo_scalarize(self) -> Undo | None:
+        """None: normalised losses are read, and kept by :meth:`weigh`."""
+        return None
+
+    def undo_weigh(self) -> Undo | None:
+        """All buffers but for the rotations', which the forward moves to where the optimizer has taken them."""
+        return Kept(self, self.rotations)
 
     def own_gradients(self, gradients: TaskGradients) -> dict[str, Tensor]:
         """The gradient of the rotation objective on the angles; zero for a task that takes no part."""

@@ -191,18 +191,6 @@ class TorchJD(Balancer):
                 assign(modules[path], key, decoded(value, modules[path]))
             complete(modules[path])
 
-    def _putting_back(self) -> Undo | None:
-        """What puts the method's state back to what it is now; a part of it is no tensor, so the host asks."""
-        if not self._keeps_something:
-            return None
-        kept = snapshot(self.method)
-
-        def put_back(spoiled: Tensor) -> None:
-            if bool(spoiled):
-                restore(self.method, kept)
-
-        return put_back
-
     @property
     def _keeps_something(self) -> bool:
         """Whether anything but parameters moves, which learn in the backward."""
@@ -245,9 +233,9 @@ class TorchJDGradient(TorchJD, GradientBalancer):
             self._seen_rows([task in tasks for task in range(self.num_tasks)])
         return super().scalarize(losses, tasks)
 
-    def before_backward(self) -> Undo | None:
-        """The method's state."""
-        return self._putting_back()
+    def undo_weigh(self) -> Undo | None:
+        """The method's state, if it keeps something."""
+        return _Snapshot(self.method) if self._keeps_something else None
 
     def weigh(self, gradients: TaskGradients) -> Tensor | None:
         """The method's weights, or None where it is no weighting; see :meth:`Balancer.weigh`."""
@@ -320,9 +308,9 @@ class TorchJDLoss(TorchJD, LossBalancer):
         super().__init__()
         self._take(method)
 
-    def before_scalarize(self) -> Undo | None:
-        """The scalarizer's state."""
-        return self._putting_back()
+    def undo_scalarize(self) -> Undo | None:
+        """The scalarizer's state, if it keeps something."""
+        return _Snapshot(self.method) if self._keeps_something else None
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """The scalarizer's scalar; see :meth:`Balancer.scalarize`."""
@@ -358,3 +346,15 @@ class TorchJDLoss(TorchJD, LossBalancer):
         if is_sized(self.method):
             raise absence(self.method, [task for task in range(self.num_tasks or 0) if task not in tasks])
         return self._of_all(values)
+
+
+class _Snapshot(Undo):
+    """The state of a method; a part of it is no tensor, so that the host waits for the word."""
+
+    def __init__(self, method: nn.Module) -> None:
+        self._method = method
+        self._kept = snapshot(method)
+
+    def __call__(self, spoiled: Tensor, *_: object) -> None:
+        if bool(spoiled):
+            restore(self._method, self._kept)

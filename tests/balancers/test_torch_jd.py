@@ -30,6 +30,7 @@ from tests.balancers.zoo import generator, normal
 from tests.common import (
     DEVICE,
     TASKS,
+    float16_losses,
     grads,
     make_backbone,
     make_heads,
@@ -635,17 +636,28 @@ def test_resumes_bit_for_bit(name: str, saved_after: int) -> None:
 
 
 @every_state
-def test_a_step_that_overflows_in_a_head_moves_no_state(name: str) -> None:
+def test_a_float16_step_that_overflows_in_a_head_moves_no_state(name: str) -> None:
     """Before any other step, and after one."""
     training, reference = Training(name), Training(name)
     for step in range(2):
         before = through_file(training.state())
         hook = training.model.heads["b"].weight.register_hook(lambda g: g * torch.inf)
-        training.model.backward(make_losses(training.model(make_input(10 + step, dtype=torch.float32))))
+        training.model.backward(float16_losses(training.model, make_input(10 + step, dtype=torch.float32)))
         hook.remove()
         training.optimizer.zero_grad()
         assert_same_state(through_file(training.state()), before)
         training.train(range(step, step + 1)).assert_equals(reference.train(range(step, step + 1)))
+
+
+@every_state
+def test_another_pass_over_the_same_losses_takes_back_no_more_than_it_moved(name: str) -> None:
+    training = Training(name)
+    total = training.model.scalarize(float16_losses(training.model, make_input(dtype=torch.float32)))
+    total.backward(retain_graph=True)
+    before = through_file(training.state())
+    training.model.heads["b"].weight.register_hook(lambda g: g * torch.inf)
+    total.backward()
+    assert_same_state(through_file(training.state()), before)
 
 
 @every_state

@@ -10,38 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mtlwrap import MultiTaskModel, cached
 from tests.common import BALANCERS, make_input, make_losses
+from tests.processes.messages import Recorder
 from tests.processes.pool import Pool, join_gloo
 from tests.processes.training import FULL, UNEVEN, Spec, close, in_one, in_processes, losses_of, make, state_of, wrapped
-
-
-class Recorder:
-    """Notes what is sent, by anyone in this process, through torch.distributed."""
-
-    NAMES = ("all_reduce", "all_gather_object", "new_group", "broadcast", "all_gather_into_tensor", "barrier")
-
-    def __enter__(self) -> list[tuple[Any, ...]]:
-        self.sent: list[tuple[Any, ...]] = []
-        self.kept = {name: getattr(dist, name) for name in self.NAMES}
-        for name, function in self.kept.items():
-            setattr(dist, name, self._noting(name, function))
-        return self.sent
-
-    def __exit__(self, *_: object) -> None:
-        for name, function in self.kept.items():
-            setattr(dist, name, function)
-
-    def _noting(self, name: str, function: Any) -> Any:
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            first = args[0] if args else None
-            self.sent.append((name, tuple(first.shape)) if isinstance(first, Tensor) else (name,))
-            return function(*args, **kwargs)
-
-        return noting
 
 
 def step(model: MultiTaskModel, outer: nn.Module, spec: Spec, rank: int, number: int = 0) -> dict[str, Any]:
@@ -63,17 +39,13 @@ ASKS = ("imtl-g", "imtl-g-nonneg", "imtl-g-strict", "imtl", "imtl-first-losses",
 ASKS += ("grad-norm", "compose")
 ROTATES = ("rotate-only", "rotograd", "rotograd-norm")
 MESSAGES = {name: 3 if name in ROTATES else 2 if name in ASKS else 1 for name in BALANCERS}
-# Behind it one more where state moves and DDP does not see to it that the gradients are the same in all: whether any is
-# not finite.
-KEEPS = ("dwa", "famo", "rlw", "imtl-first-losses", "excess-mtl", "grad-norm", *ROTATES)
 
 
-def messages(rank: int, size: int, present: Any, wrap: str) -> dict[str, list[list[tuple[Any, ...]]]]:
+def messages(rank: int, size: int, present: Any) -> dict[str, list[list[tuple[Any, ...]]]]:
     """What each step of each balancer sends."""
     found: dict[str, list[list[tuple[Any, ...]]]] = {}
     for name in BALANCERS:
-        options = {"process_group": dist.group.WORLD} if wrap == "hand" else {}
-        spec = Spec(name, wrap=wrap, present=present, unequal=True, options=options)
+        spec = Spec(name, present=present, unequal=True)
         model = make(spec)
         outer = wrapped(model, spec)
         found[name] = []
@@ -84,14 +56,13 @@ def messages(rank: int, size: int, present: Any, wrap: str) -> dict[str, list[li
     return found
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "hand"])
 @pytest.mark.parametrize("present", [FULL, UNEVEN], ids=["full", "uneven"])
-def test_every_process_sends_the_same_messages(pools, present, wrap):
-    first, second = pools[2].run(messages, present, wrap)
+def test_every_process_sends_the_same_messages(pools, present):
+    first, second = pools[2].run(messages, present)
     assert first == second
     for name, steps in first.items():
         counts = [sum(kind == "all_reduce" for kind, *_ in sent) for sent in steps]
-        expected = [MESSAGES[name] + (wrap == "hand" and name in KEEPS)] * 6
+        expected = [MESSAGES[name]] * 6
         if present is UNEVEN:
             expected[4] = 1  # nobody has a loss
         assert counts == expected, name

@@ -1,19 +1,25 @@
 """Gradients that overflow in one process only: the state moves in none, and stays the same in all."""
 
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
 from mtlwrap import MultiTaskModel
 from tests.common import BALANCERS, make_backbone, make_heads, make_losses
+from tests.processes.messages import Recorder
 from tests.processes.training import Spec, whole, wrapped
 
-STATEFUL = ["dwa", "famo", "rlw", "excess-mtl", "rotograd-norm", "grad-norm"]
+OF_LOSSES = ["dwa", "famo", "rlw"]
+OF_GRADIENTS = ["excess-mtl", "rotograd-norm", "grad-norm"]
 
 
 class Spoil(torch.autograd.Function):
@@ -40,11 +46,20 @@ class Spoilable(nn.Linear):
 
 def make(spec: Spec) -> tuple[MultiTaskModel, Any]:
     torch.manual_seed(1)
-    options = {"process_group": dist.group.WORLD} if spec.wrap == "hand" else {}
+    options = {"process_group": dist.group.WORLD, **spec.options} if spec.wrap == "hand" else {}
     heads = {**make_heads(), "a": nn.Sequential(nn.ReLU(), nn.Linear(8, 1)), "b": Spoilable(8, 2)}
-    model = MultiTaskModel(make_backbone(), heads, BALANCERS[spec.balancer](), **options).double()
-    model.prepare(spec.batch_of(0, 0))
+    model = MultiTaskModel(make_backbone(), heads, BALANCERS[spec.balancer](), **options)
+    model.prepare(batch(spec, 0, 0))
     return model, wrapped(model, spec)
+
+
+def batch(spec: Spec, step: int, rank: int) -> Tensor:
+    return spec.batch_of(step, rank).float()
+
+
+def float16_losses(outer: nn.Module, x: Tensor, present: str = "abc") -> dict[str, Tensor]:
+    with torch.autocast("cpu", dtype=torch.float16):
+        return make_losses({task: p.float() for task, p in outer(x).items() if task in present})
 
 
 def moved(model: MultiTaskModel) -> dict[str, Tensor]:
@@ -61,9 +76,7 @@ def train(rank: int, size: int, spec: Spec, bad_steps: dict[int, int]) -> list[d
         ends = (step + 1) % spec.accumulate == 0
         model.heads["b"].is_bad = bad_steps.get(step) == rank
         with nullcontext() if ends or spec.wrap != "ddp" else outer.no_sync():
-            losses = make_losses(outer(spec.batch_of(step, rank)))
-            present = spec.tasks_of(step, rank)
-            model.backward({task: loss for task, loss in losses.items() if task in present})
+            model.backward(float16_losses(outer, batch(spec, step, rank), spec.tasks_of(step, rank)))
         left.append(moved(model))
         if ends:
             if not any(step - back in bad_steps for back in range(spec.accumulate)):
@@ -81,13 +94,23 @@ def check(pools: Any, spec: Spec, bad_steps: dict[int, int], still: set[int] | N
         assert stands == (step in (bad_steps if still is None else still)), f"step {step}"
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "hand", "fsdp"])
-@pytest.mark.parametrize("name", STATEFUL)
+# A head that fully_shard keeps with the root is whole as the backward pass begins, and sharded at its end.
+WRAPS = ["ddp", "fsdp", "fsdp-root", "fsdp-whole", "fsdp-resharded"]
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("name", [*OF_LOSSES, *OF_GRADIENTS])
 def test_it_overflows_in_one(pools, name, wrap):
     check(pools, Spec(name, wrap=wrap, steps=5), {0: 1, 2: 1, 3: 0})
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "hand", "fsdp"])
+@pytest.mark.parametrize("name", [*OF_LOSSES, *OF_GRADIENTS])
+def test_gradients_averaged_by_hand(pools, name):
+    """What follows the losses alone has moved: its backward pass does not wait for that of the others."""
+    check(pools, Spec(name, wrap="hand", steps=5), {0: 1, 2: 1, 3: 0}, still=set() if name in OF_LOSSES else None)
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 def test_the_first_losses_are_those_of_the_first_good_step(pools, wrap):
     check(pools, Spec("imtl-first-losses", wrap=wrap), {0: 1}, still={0, 2, 3})
 
@@ -98,10 +121,13 @@ def test_some_tasks_are_absent(pools, name, wrap):
     check(pools, Spec(name, wrap=wrap, steps=5, present=[["abc", "b"], ["b", "ac"], ["abc", "bc"]]), {2: 1})
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", [*OF_LOSSES, *OF_GRADIENTS])
 def test_batches_accumulated_without_a_message(pools, name):
-    """Each process has gradients of its own then; the averaging spoils those of the other."""
-    check(pools, Spec(name, steps=9, accumulate=3), {3: 1}, still={3, 5})
+    """Each process has gradients of its own then, until the averaging spoils those of the other, too.
+
+    What follows the losses alone has moved in the meantime, for no backward pass there waits for that of the others.
+    """
+    check(pools, Spec(name, steps=9, accumulate=3), {3: 1}, still={5} if name in OF_LOSSES else {3, 5})
     check(pools, Spec(name, steps=9, accumulate=3), {5: 0})
 
 
@@ -113,22 +139,135 @@ def test_ddp_puts_its_gradients_in_place_before(pools, bucket):
     check(pools, Spec("excess-mtl", steps=4, ddp=bucket), {0: 1, 2: 0})
 
 
-def aside(rank: int, size: int, name: str) -> list[dict[str, Tensor]]:
-    """In every other step the second process has no batch, and makes neither a forward nor a backward pass."""
-    model, _ = make(Spec(name, wrap="hand"))
+def comm_hooked(rank: int, size: int, name: str) -> list[dict[str, Tensor]]:
+    """DDP that is told not to average."""
+    model, outer = make(Spec(name))
+    outer.register_comm_hook(None, noop_hook)
     left = []
-    for step in range(4):
-        if rank == 0 or step % 2 == 0:
-            model.backward(make_losses(model(Spec(name).batch_of(step, rank))))
-        else:
-            assert model.scalarize({}).item() != 0.0
+    for step in range(3):
+        model.heads["b"].is_bad = step == rank == 1
+        model.backward(float16_losses(outer, batch(Spec(name), step, rank)))
         model.zero_grad()
         left.append(moved(model))
     return left
 
 
-@pytest.mark.parametrize("name", ["dwa", "famo", "rlw"])
-def test_a_process_that_stands_aside_is_not_waited_for(pools, name):
-    first, second = pools[2].run(aside, name)
+@pytest.mark.parametrize("name", ["dwa", "excess-mtl"])
+def test_a_communication_hook_may_do_anything(pools, name):
+    first, second = pools[2].run(comm_hooked, name)
     assert_close(first, second, rtol=0, atol=0)
-    assert not torch.equal(*(torch.cat([v.flatten() for v in state.values()]) for state in first[:2]))
+    assert_close(first[1], first[0], rtol=0, atol=0)
+
+
+def unsynced(rank: int, size: int, name: str) -> list[dict[str, Tensor]]:
+    """fully_shard that accumulates whole gradients, where no ``.grad`` tells of them."""
+    model, _ = make(Spec(name, wrap="fsdp"))
+    left = [moved(model)]
+    for step in range(3):
+        model.set_requires_gradient_sync(step == 2)
+        model.heads["b"].is_bad = step == rank == 0
+        model.backward(float16_losses(model, batch(Spec(name), step, rank)))
+        left.append(moved(model))
+    return left
+
+
+@pytest.mark.parametrize("name", ["dwa", "excess-mtl"])
+def test_gradients_that_fully_shard_accumulates(pools, name):
+    first, second = pools[2].run(unsynced, name)
+    assert_close(first, second, rtol=0, atol=0)
+    assert_close(first[1], first[0], rtol=0, atol=0)
+    assert any(not torch.equal(value, first[1][key]) for key, value in first[2].items())
+
+
+def never_zeroed(rank: int, size: int, name: str) -> list[dict[str, Tensor]]:
+    """After its first gradient, which overflows, a head outside the optimizer keeps it."""
+    model, _ = make(Spec(name, wrap="fsdp-root"))
+    left = [moved(model)]
+    for step in range(4):
+        model.heads["b"].is_bad = step == 0 and rank == 1
+        model.backward(float16_losses(model, batch(Spec(name), step, rank)))
+        model.backbone.zero_grad()
+        left.append(moved(model))
+    return left
+
+
+@pytest.mark.parametrize("name", ["dwa", "excess-mtl"])
+def test_what_nobody_sets_to_zero_does_not_hold_the_state(pools, name):
+    first, second = pools[2].run(never_zeroed, name)
+    assert_close(first, second, rtol=0, atol=0)
+    stands = [all(torch.equal(new[key], value) for key, value in old.items()) for old, new in pairwise(first)]
+    assert stands == [True, False, False, False]
+
+
+def alone(rank: int, size: int, name: str) -> list[dict[str, Tensor]]:
+    """Each by itself, on a mesh of one."""
+    model, _ = make(Spec(name, wrap="hand", options={"process_group": None}))
+    fully_shard(model, mesh=init_device_mesh("cpu", (size, 1), mesh_dim_names=("all", "own"))["own"])
+    left = [moved(model)]
+    for step in range(2):
+        model.heads["b"].is_bad = step == 1
+        model.backward(float16_losses(model, batch(Spec(name), step, rank)))
+        model.zero_grad()
+        left.append(moved(model))
+    return left
+
+
+@pytest.mark.parametrize("name", ["dwa", "excess-mtl"])
+def test_a_mesh_of_one(pools, name):
+    for before, good, bad in pools[2].run(alone, name):
+        assert any(not torch.equal(value, before[key]) for key, value in good.items())
+        assert_close(bad, good, rtol=0, atol=0)
+
+
+def uneven(rank: int, size: int, name: str, how: str) -> list[dict[str, Tensor]]:
+    """The second process makes no backward pass in the second step, or none that arrives; gradients go by hand."""
+    model, _ = make(Spec(name, wrap="hand"))
+    left = []
+    for step in range(4):
+        is_out = rank == step == 1
+        if is_out and how == "no forward":
+            assert model.scalarize({}).item() != 0.0
+        else:
+            losses = float16_losses(model, batch(Spec(name), step, rank))
+            total = model.scalarize({} if is_out and how == "no labels" else losses)
+            hook = model.backbone[0].weight.register_hook(lambda g: 1 / 0) if is_out and how == "error" else None
+            if hook is not None:
+                with pytest.raises(ZeroDivisionError):
+                    total.backward()
+                hook.remove()
+            elif not is_out:
+                total.backward()
+        model.zero_grad()
+        left.append(moved(model))
+    return left
+
+
+@pytest.mark.parametrize("how", ["no forward", "no labels", "no backward", "error"])
+@pytest.mark.parametrize("name", OF_LOSSES)
+def test_a_process_that_makes_no_backward_pass_is_not_waited_for(pools, name, how):
+    first, second = pools[2].run(uneven, name, how)
+    assert_close(first, second, rtol=0, atol=0)
+    assert all(any(not torch.equal(new[k], v) for k, v in old.items()) for old, new in pairwise(first))
+
+
+def counted(rank: int, size: int, name: str, wrap: str) -> int:
+    """How many messages a later step takes in float16, over one in float32."""
+    counts = []
+    for dtype in (torch.float32, torch.float16):
+        model, outer = make(Spec(name, wrap=wrap))
+        for step in range(2):
+            model.zero_grad()
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype == torch.float16):
+                losses = make_losses({task: p.float() for task, p in outer(batch(Spec(name), step, rank)).items()})
+            with Recorder() as sent:
+                model.backward(losses)
+        counts.append(sum(kind == "all_reduce" for kind, *_ in sent))
+    return counts[1] - counts[0]
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "hand", "fsdp"])
+@pytest.mark.parametrize("name", ["uw", "imtl", *OF_LOSSES, *OF_GRADIENTS])
+def test_what_it_takes(pools, name, wrap):
+    """A message where state moves and DDP does not see to it that the gradients are the same in all processes."""
+    keeps = name in OF_GRADIENTS or (name in OF_LOSSES and wrap == "fsdp")
+    assert pools[2].run(counted, name, wrap) == [int(keeps and wrap != "ddp")] * 2

@@ -144,6 +144,9 @@ def wrapped(model: MultiTaskModel, spec: Spec) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if spec.wrap == "fsdp-whole":
         fully_shard(model, mesh=mesh)
+    elif spec.wrap == "fsdp-root":  # heads and balancer with the root, which stays whole after the forward
+        for part in (model.backbone, model):
+            fully_shard(part, mesh=mesh)
     elif spec.wrap == "fsdp-resharded":  # the balancer's parameters too, as soon as the forward is over
         for part in (model.backbone, *model.heads.children(), model):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
