@@ -125,6 +125,22 @@ def test_a_training_waits_for_nothing(name: str, device: torch.device) -> None:
     assert waited == {}
 
 
+@pytest.mark.parametrize("device", WHERE, ids=str)
+@pytest.mark.parametrize("name", BALANCERS)
+def test_neither_does_one_in_float16(name: str, device: torch.device) -> None:
+    """Where all gradients are looked at in the end, also on top of others."""
+    model, data = make(BALANCERS[name](), device).half(), batches(4, device)
+
+    def step(number: int) -> None:
+        losses = make_losses(model(data[number].half()))
+        model.backward({task: loss.float() for task, loss in losses.items() if task in ("abc", "ac")[number % 2]})
+
+    step(0)
+    assert counted([lambda n=n: step(n) for n in (1, 2)]) == [{}] * 2
+    model.zero_grad()
+    assert counted([lambda: step(3)]) == [{}]
+
+
 @pytest.mark.parametrize("name", BALANCERS)
 def test_neither_do_decisions_ahead_of_the_heads(name: str) -> None:
     """weigh_heads, batches of their own per task, an auxiliary loss that reads predictions."""
