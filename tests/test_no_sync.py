@@ -270,7 +270,7 @@ on_a_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: MTLWRA
 
 
 @on_a_gpu
-@pytest.mark.parametrize("how", ["plain", "weigh_heads", "parameters"])
+@pytest.mark.parametrize("how", ["plain", "float16", "weigh_heads", "parameters"])
 @pytest.mark.parametrize("name", BALANCERS)
 def test_cuda_sees_no_synchronisation(name: str, how: str) -> None:
     if how == "parameters" and name in ROTATING:
@@ -284,7 +284,9 @@ def test_cuda_sees_no_synchronisation(name: str, how: str) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number, x in enumerate(data):
-            (scale * model.scalarize(losses_of(model, x, "abc" if number % 2 else "bc"))).backward()
+            with torch.autocast("cuda", dtype=torch.float16, enabled=how == "float16"):
+                total = model.scalarize(losses_of(model, x, "abc" if number % 2 else "bc"))
+            (scale * total).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
