@@ -12,8 +12,11 @@ from itertools import cycle
 from statistics import stdev
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError(f"mtlwrap.plotting needs matplotlib: pip install 'mtlwrap[plot]'. ({error})") from error
 
 from mtlwrap.records import Recorded, Records, mean, signed
 

@@ -84,3 +84,14 @@ def test_it_would_look_inside_otherwise() -> None:
 def test_importing_it_imports_no_compiler() -> None:
     code = "import sys, mtlwrap; assert 'torch._dynamo' not in sys.modules, 'the compiler was imported'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [("mtlwrap.plotting", "matplotlib", "plot"), ("mtlwrap.ignite", "ignite", "ignite")],
+)
+def test_what_to_install_is_said_where_it_is_missing(module, package, extra):
+    code = f"import sys; sys.modules[{package!r}] = None; import {module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert f"ImportError: {module} needs " in done.stderr
+    assert f"pip install 'mtlwrap[{extra}]'" in done.stderr

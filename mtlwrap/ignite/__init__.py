@@ -11,6 +11,11 @@ checkpoint may fall between two steps of the optimizer. The training then contin
 in mixed precision with a balancer of losses, its first step may be rounded otherwise.
 """
 
+try:
+    import ignite as _  # noqa: F401 - before a part of ours misses it
+except ImportError as error:
+    raise ImportError(f"mtlwrap.ignite needs pytorch-ignite: pip install 'mtlwrap[ignite]'. ({error})") from error
+
 from mtlwrap.ignite.accumulated import AccumulatedGradients
 from mtlwrap.ignite.csv_logger import CSVLogger
 from mtlwrap.ignite.delta_m import DeltaM, delta_m
