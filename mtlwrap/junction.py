@@ -1,5 +1,6 @@
 """The junction of a model: where its forks are made, and its losses find the forks they came from."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from mtlwrap.aliases import each_its_own
 from mtlwrap.balancers.base import Balancer
+from mtlwrap.balancers.equal import EqualWeighting
 from mtlwrap.connection import connect, visible_tensors
 from mtlwrap.decision import decide
 from mtlwrap.exact import Exact, Schedule
@@ -26,6 +28,9 @@ from mtlwrap.state import Undo, is_sharded, whole_parameters
 from mtlwrap.step import current_scope
 from mtlwrap.structure import differentiable_tensors
 from mtlwrap.surroundings import autocasts_to_float16, opaque, transforming
+
+# Backward passes, none of them balanced, after which that cannot be meant.
+_PATIENCE = 100
 
 
 class Junction:
@@ -47,6 +52,8 @@ class Junction:
         # Whether the last forward was in float16, in whole or in part; the backward passes that are watched then.
         self._is_float16 = False
         self._watched: dict[int, list[Undo]] = {}
+        # Backward passes so far that were plain sums; None once losses were scalarized.
+        self._plain_passes: int | None = 0
         # Whether the graph of exact gradients was looked at.
         self._seen_exact = False
 
@@ -130,6 +137,20 @@ class Junction:
         ]
         return own, {}
 
+    def note_plain_pass(self, balancer: Balancer) -> None:
+        """Warn, once, where a balancer is there and never asked."""
+        if self._plain_passes is None or isinstance(balancer, EqualWeighting):
+            return
+        self._plain_passes += 1
+        if self._plain_passes == _PATIENCE:
+            warnings.warn(
+                f"{_PATIENCE} backward passes came through the model, and none was that of scalarize(losses): "
+                f"{type(balancer).__name__} balances nothing. Call model.backward(losses), or hand "
+                "model.scalarize(losses) to your trainer; leave the balancer out if a plain sum is meant.",
+                UserWarning,
+                stacklevel=2,
+            )
+
     @opaque
     def meet(self, model: nn.Module | None = None) -> None:
         """Find the processes that train the model together; before a forward under gradients, if there are several."""
@@ -167,6 +188,7 @@ class Junction:
         """The total to call ``backward`` on, with the order to balance attached."""
         if not torch.is_grad_enabled():
             return self._value(collect(losses, self.tasks), balancer, checked_auxiliary(auxiliary))
+        self._plain_passes = None
         with self._telling_others():
             given, auxiliary = collect(losses, self.tasks), checked_auxiliary(auxiliary)
             here = tuple(loss is not None and loss.requires_grad for loss in given)

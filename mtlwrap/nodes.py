@@ -39,6 +39,9 @@ class Owner(Protocol):
     tasks: tuple[str, ...]
     report: Report
 
+    def note_plain_pass(self, balancer: Balancer) -> None:
+        """A backward pass came through that no ``scalarize`` has to do with."""
+
 
 class Station(Protocol):
     """What a balanced backward pass comes by, and is told of beforehand: a fork, or the connection of predictions."""
@@ -346,6 +349,8 @@ class ForkNode(torch.autograd.Function):
         with without_autocast(_device_type(gradients)):
             if running is not None:
                 return (None, *state.balance(parts, running))
+            if (owner := state.owner()) is not None:
+                owner.note_plain_pass(state.balancer)
             return (None, *map(plain_sum, parts), *[None] * state.num_others)
 
     @staticmethod

@@ -329,6 +329,29 @@ def train(model: MultiTaskModel, parameters: Any, steps: int, accumulate: int = 
             optimizer.zero_grad()
 
 
+def plain_passes(model: MultiTaskModel, count: int) -> None:
+    for _ in range(count):
+        sum(make_losses(model(make_input())).values()).backward()
+
+
+def test_a_balancer_that_is_never_asked_is_warned_about_once() -> None:
+    model = make_model("imtl")
+    with pytest.warns(UserWarning, match=r"100 backward passes .* IMTL balances nothing") as caught:
+        plain_passes(model, 250)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("name", ["none", "equal", "imtl"])
+def test_plain_passes_next_to_balanced_ones_or_without_a_balancer(name: str) -> None:
+    """Derivatives of predictions, penalties, a sum that is meant."""
+    model = make_model(BALANCERS[name]())
+    if name == "imtl":
+        model.backward(make_losses(model(make_input())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain_passes(model, 120)
+
+
 def test_a_balancer_outside_the_optimizer_is_warned_about_once() -> None:
     model = make_model("imtl")
     with pytest.warns(
