@@ -1,6 +1,7 @@
 """The junction of a model: where its forks are made, and its losses find the forks they came from."""
 
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,8 +24,8 @@ from mtlwrap.outcome import Report
 from mtlwrap.passes import Order
 from mtlwrap.probe import check_repeatable, check_whole
 from mtlwrap.processes import NOTHING_TO_TRAIN, Peers
-from mtlwrap.safeguard import Safeguard
-from mtlwrap.state import Undo, is_sharded, whole_parameters
+from mtlwrap.safeguard import Safeguard, Watched, has_float16
+from mtlwrap.state import is_sharded, whole_parameters
 from mtlwrap.step import current_scope
 from mtlwrap.structure import differentiable_tensors
 from mtlwrap.surroundings import autocasts_to_float16, opaque, transforming
@@ -49,9 +50,9 @@ class Junction:
         self._communicating: frozenset[int] = frozenset()
         # Of a total of no losses.
         self._device, self._dtype = torch.device("cpu"), torch.float32
-        # Whether the last forward was in float16, in whole or in part; the backward passes that are watched then.
+        # Whether float16 was seen in this training; the backward passes that are being watched then.
         self._is_float16 = False
-        self._watched: dict[int, list[Undo]] = {}
+        self._watched: Watched = weakref.WeakValueDictionary()
         # Backward passes so far that were plain sums; None once losses were scalarized.
         self._plain_passes: int | None = 0
         # Whether the graph of exact gradients was looked at.
@@ -96,7 +97,8 @@ class Junction:
                 "grad and another one does. Expected first the one that the backbone trains."
             )
         self._device = tensors[0].device
-        self._is_float16 = autocasts_to_float16(self._device.type) or any(t.dtype is torch.float16 for t in tensors)
+        if not self._is_float16 and torch.is_grad_enabled():
+            self._is_float16 = autocasts_to_float16(self._device.type) or any(t.dtype is torch.float16 for t in tensors)
         dtype = tensors[0].dtype
         self._dtype = torch.promote_types(dtype.to_real() if dtype.is_complex else dtype, torch.float32)
         own, shared = self._through_node(forked, balancer, tuple(tasks), exact)
@@ -188,7 +190,9 @@ class Junction:
         """The total to call ``backward`` on, with the order to balance attached."""
         if not torch.is_grad_enabled():
             return self._value(collect(losses, self.tasks), balancer, checked_auxiliary(auxiliary))
-        self._plain_passes = None
+        if self._plain_passes is not None:  # the first total
+            self._plain_passes = None
+            self._is_float16 = self._is_float16 or (model is not None and has_float16(model))
         with self._telling_others():
             given, auxiliary = collect(losses, self.tasks), checked_auxiliary(auxiliary)
             here = tuple(loss is not None and loss.requires_grad for loss in given)
@@ -263,9 +267,12 @@ class Junction:
     ) -> Order:
         """Who takes part, and the losses: in all processes, if there are several."""
         ranks = self.peers.ranks
-        is_float16 = self._is_float16 or any(loss.dtype is torch.float16 for loss in chosen)
+        self._is_float16 = self._is_float16 or any(loss.dtype is torch.float16 for loss in chosen)
+        is_scheduled = any(fork.exact is not None and fork.exact.schedule is not None for fork in found.forks)
+        keeps = balancer.training and (balancer.keeps_state or is_scheduled) and not transforming()
         if ranks is None:
-            return Order(here, here, vector_of(chosen) if chosen else torch.zeros(0), is_float16=is_float16)
+            guarded = self._is_float16 and keeps
+            return Order(here, here, vector_of(chosen) if chosen else torch.zeros(0), is_guarded=guarded)
         # The same form of message whichever losses there are, and wherever they lie.
         values = (vector_of(chosen) if chosen else torch.zeros(0)).to(self._device, self._dtype)
         # With gradients averaged by hand a process may stand aside.
@@ -273,10 +280,12 @@ class Junction:
         agreed = ranks.agree(
             here,
             values,
-            self._form(found, balancer, is_float16),
+            self._form(found, balancer),
             read=read,
             passes_on=passes_on,
-            gradients_differ=is_float16 and (model is None or self.peers.gradients_differ(model.parameters())),
+            is_float16=self._is_float16,
+            keeps_state=keeps,
+            gradients_differ=not self._is_float16 or model is None or self.peers.gradients_differ(model.parameters()),
             is_idle=is_idle,
             is_out=is_out,
         )
@@ -290,16 +299,14 @@ class Junction:
             self._communicating,
             agreed.read,
             agreed.passes_on,
-            is_float16=is_float16,
+            is_guarded=agreed.is_float16 and agreed.keeps_state,
             gradients_differ=agreed.gradients_differ,
         )
 
-    def _form(self, found: Found, balancer: Balancer, is_float16: bool) -> str:
+    def _form(self, found: Found, balancer: Balancer) -> str:
         """What the processes' steps must have in common, in words."""
         again = any(station.is_ordered for station in found.stations)
         words = [f"tasks {self.tasks}", f"losses of a forward that {'was' if again else 'was not'} scalarized before"]
-        if is_float16:
-            words.append("training in float16")
         if self.peers.is_sharded:
             tasks = sorted({self.tasks[task] for connection in found.connections for task in connection.tasks})
             words.append(f"{len(found.connections)} forwards, through the heads of {tasks}")
@@ -323,7 +330,7 @@ class Junction:
         vector = LossesNode.apply(order, len(found.tokens), *found.tokens, *chosen)
         if balancer.training and not transforming():
             balancer.constrain()
-            order.safeguard = self._safeguard(found, order, balancer, model)
+        order.safeguard = self._safeguard(found, order, balancer, model)
         with whole_parameters(balancer):
             total = balancer.scalarize(vector, _positions(order.taking_part))
         if order.safeguard is not None:
@@ -339,7 +346,7 @@ class Junction:
         None if the processes would have to tell each other in a backward pass that none of them needs to make.
         """
         waits = order.ranks is None or self.peers.waits_now or (balancer.sees_gradients and bool(found.forks))
-        if not order.is_float16 or (order.gradients_differ and not waits):
+        if not order.is_guarded or (order.gradients_differ and not waits):
             return None
         keepers: list[Balancer | Schedule] = [balancer] if found.forks else []
         keepers += {fork.exact.schedule for fork in found.forks if fork.exact and fork.exact.schedule}

@@ -61,7 +61,7 @@ class Order:
         communicating: the tasks whose heads have a gradient from other processes too.
         read: for each task, whether an auxiliary loss reads its prediction in any process.
         passes_on: whether any process has to run its backbone backward by the ordinary pass.
-        is_float16: whether any of it is in float16.
+        is_guarded: whether the balancer's state is put back where gradients overflow.
         gradients_differ: whether those on the parameters can differ between the processes after the backward pass.
     """
 
@@ -75,7 +75,7 @@ class Order:
         read: Sequence[bool] = (),
         passes_on: bool = False,
         *,
-        is_float16: bool = False,
+        is_guarded: bool = False,
         gradients_differ: bool = False,
     ) -> None:
         self.taking_part = taking_part
@@ -88,7 +88,7 @@ class Order:
         # Whether its head is to run backward, in all processes if it is in one.
         self.running = tuple(map(any, zip(taking_part, read, strict=True))) if read else taking_part
         self.passes_on = passes_on
-        self.is_float16 = is_float16
+        self.is_guarded = is_guarded
         self.gradients_differ = gradients_differ
         self.losses = losses
         self.ranks = ranks

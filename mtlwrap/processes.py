@@ -38,6 +38,8 @@ class Agreement(NamedTuple):
         read: for each task, whether an auxiliary loss reads its prediction in any process.
         passes_on: whether any process has to run its backbone backward by the ordinary pass.
         losses: the means of the losses that take part, a vector.
+        is_float16: whether any process trains in float16.
+        keeps_state: whether the balancer of every process keeps something in this step.
         gradients_differ: whether those on the parameters can differ between the processes after the backward pass.
     """
 
@@ -45,6 +47,8 @@ class Agreement(NamedTuple):
     read: tuple[bool, ...]
     passes_on: bool
     losses: Tensor
+    is_float16: bool
+    keeps_state: bool
     gradients_differ: bool
 
 
@@ -72,6 +76,8 @@ class Ranks:
         *,
         read: Sequence[bool],
         passes_on: bool = False,
+        is_float16: bool = False,
+        keeps_state: bool = False,
         gradients_differ: bool = False,
         is_idle: bool = False,
         is_out: bool = False,
@@ -84,6 +90,8 @@ class Ranks:
             form: what must be the same on every rank, in words.
             read: for each task, whether an auxiliary loss reads its prediction here.
             passes_on: whether the backbone must be run backward here by the ordinary pass.
+            is_float16: whether this process trains in float16.
+            keeps_state: whether its balancer keeps something in this step.
             gradients_differ: whether those on the parameters are not averaged over all processes in the backward pass.
             is_idle: whether there are losses here, but none that can be trained.
             is_out: whether there is nothing here to run backward.
@@ -95,9 +103,10 @@ class Ranks:
         remaining = iter(losses.detach().double().unbind())
         nothing = losses.new_zeros((), dtype=torch.float64)
         spread = torch.stack([next(remaining) if here else nothing for here in present])
-        flags = [*present, *read, *_bits(form), passes_on, gradients_differ, is_out, is_idle, False]
+        words = [passes_on, is_float16, keeps_state, gradients_differ, is_out, is_idle, False]
+        flags = [*present, *read, *_bits(form), *words]
         counts, spread = self._told(flags, spread)
-        *tasks, passing, differing, out, idle, refusing = (round(count) for count in counts)
+        *tasks, passing, half, keeping, differing, out, idle, refusing = (round(count) for count in counts)
         first, second = len(present), 2 * len(present)
         anywhere, reading, digits = tasks[:first], tasks[first:second], tasks[second:]
         if refusing:
@@ -119,13 +128,15 @@ class Ranks:
             read=tuple(map(bool, reading)),
             passes_on=passing > 0,
             losses=means,
+            is_float16=half > 0,
+            keeps_state=keeping == self.size,
             gradients_differ=differing > 0,
         )
 
     def refuse(self, num_tasks: int, device: torch.device) -> None:
         """Tell the others, who call :meth:`agree`, that this process raises instead."""
         nothing = torch.zeros(num_tasks, dtype=torch.float64, device=device)
-        self._told([*[False] * (2 * num_tasks), *_bits(""), *[False] * 4, True], nothing, refusing=True)
+        self._told([*[False] * (2 * num_tasks), *_bits(""), *[False] * 6, True], nothing, refusing=True)
 
     def _told(self, flags: Sequence[bool], losses: Tensor, *, refusing: bool = False) -> tuple[list[float], Tensor]:
         """How many ranks say yes to each, and the mean of the losses."""

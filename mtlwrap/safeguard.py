@@ -18,11 +18,17 @@ _queue = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "q
 # How often to go to the end of the line of those who wait for that. DistributedDataParallel and fully_shard put
 # gradients in their place in such calls, which ask for others: once more than was ever seen to be needed.
 _TURNS = 3
-# Backward passes that may be running at once; older ones have come to an end before their time.
-_MOST_PASSES = 64
 
 # A gradient, by what it belongs to.
 Gradients = dict[int, Tensor]
+
+
+class Undos(list[Undo]):
+    """What is to be undone after a backward pass, last things first. It goes with the pass, also where that fails."""
+
+
+# By the number of the pass.
+Watched = weakref.WeakValueDictionary[int, Undos]
 
 
 class Safeguard:
@@ -37,7 +43,7 @@ class Safeguard:
         model: what has gradients; None for what the graph leads to.
         undo: puts back what ``scalarize`` has moved.
         to_undo: each asked, as the backward pass begins, for what puts back what that will move.
-        watched: by the number of a backward pass what is to be undone after it, shared by all that guard a balancer.
+        watched: the backward passes that are being watched, shared by all that guard one balancer.
         ranks: the processes, where the gradients of each are its own.
         device: that of the model.
     """
@@ -47,7 +53,7 @@ class Safeguard:
         model: nn.Module | None,
         undo: Undo | None,
         to_undo: Sequence[Callable[[], Undo | None]],
-        watched: dict[int, list[Undo]],
+        watched: Watched,
         ranks: Ranks | None,
         device: torch.device,
     ) -> None:
@@ -66,25 +72,24 @@ class Safeguard:
     def watch(self, node: Node, task: int) -> None:
         """Called at the node where a backward pass comes in, with its number."""
         made = [make() for make in self._to_undo]
-        undos = [undo for undo in (*made, self._undo) if undo is not None and undo]
+        undos = Undos(undo for undo in (*made, self._undo) if undo is not None and undo)
         self._undo = None  # another pass over the same losses is not what they moved the state for
-        if task in self._watched:  # several totals in one pass: the last one comes first
-            self._watched[task] += undos
-        elif undos and _queue is not None:
+        others = self._watched.get(task)
+        if others is not None:  # several totals in one pass: the last one comes first
+            others += undos
+        elif (undos or self._ranks is not None) and _queue is not None:
             self._watched[task] = undos
-            while len(self._watched) > _MOST_PASSES:
-                self._watched.pop(next(iter(self._watched)))
             gradients = partial(of_leaves, leaves(node)) if self._model is None else partial(of_model, self._model)
-            _at_the_end(partial(self._look, gradients, _known(gradients()), task))
+            _at_the_end(partial(self._look, undos, gradients, _known(gradients())))
 
-    def _look(self, gradients: Callable[[], Gradients], known: dict[int, Tensor], task: int) -> None:
+    def _look(self, undos: Undos, gradients: Callable[[], Gradients], known: dict[int, Tensor]) -> None:
         made = gradients()
         spoiled = _spoiled(made, known) if made else torch.zeros((), dtype=torch.bool, device=self._device)
         if self._ranks is not None:
             spoiled = self._ranks.any(spoiled)
         restored: dict[Place, Mark] = {}
-        for undo in self._watched.pop(task, []):
-            undo.settle()  # nothing more, if that was noted before
+        for undo in undos:
+            undo.settle()  # what the pass has moved; nothing for what scalarize has, which was noted then
             undo(spoiled, restored)
 
 
@@ -133,6 +138,14 @@ def of_model(model: "weakref.ref[nn.Module]") -> Gradients:
     return found
 
 
+def has_float16(model: nn.Module) -> bool:
+    """Whether a part of a model computes in float16 by itself, be it for ``fully_shard``."""
+    sharded = (part for module in model.modules() for part in _sharded_here(module))
+    return any(parameter.dtype is torch.float16 for parameter in model.parameters()) or any(
+        getattr(part, "param_dtype", None) is torch.float16 for part in sharded
+    )
+
+
 def of_leaves(tensors: Iterable[Tensor]) -> Gradients:
     """The gradients of these tensors."""
     found: Gradients = {}
@@ -168,7 +181,7 @@ def _note(found: Gradients, key: int, gradient: Tensor | None) -> None:
         return
     if is_sharded(gradient):
         gradient = gradient.to_local()  # type: ignore[attr-defined]
-    if gradient.layout == torch.sparse_coo:
-        gradient = gradient._values()
+    if gradient.layout != torch.strided:
+        gradient = gradient._values() if gradient.layout == torch.sparse_coo else gradient.values()
     if gradient.numel():
         found[key] = gradient

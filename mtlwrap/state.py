@@ -23,7 +23,8 @@ class Undo:
 
         Args:
             spoiled: only if this is true; a bool of no dimension, on any device.
-            restored: what has been put back by those that were made after this one, and what is there now as good as.
+            restored: what was put back, by those that were made after this one, as what it is now as good as: of two
+                totals in one pass the second has kept what the first one left, which then tells that it may go on.
         """
         raise NotImplementedError
 
@@ -68,8 +69,10 @@ class Kept(Undo):
             owner, name = place
             buffer = cast("Tensor", owner._buffers[name])
             spoiled, before = spoiled.to(buffer.device), before.to(buffer)
-            if was[0] is moved[0]:  # in place, and so again: a CUDA graph reads and writes where it did
-                torch.where(spoiled, before, buffer, out=buffer)
+            if was[0] is moved[0]:
+                # In place, and so again: a CUDA graph reads and writes where it did. Past autograd, for nothing has
+                # changed if nothing is put back.
+                torch.where(spoiled, before, buffer, out=buffer.data)
             else:
                 owner._buffers[name] = torch.where(spoiled, before, buffer)
             restored[place] = was

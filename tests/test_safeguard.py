@@ -305,7 +305,6 @@ class Scales(GradientBalancer):
         self.register_buffer("seen", torch.zeros(()))
         self.register_buffer("norms", torch.zeros(3))
 
-    scales_losses = True
     scalarize = CountsLosses.scalarize
     weigh = CountsGradients.weigh
 
@@ -436,10 +435,18 @@ class Widens(nn.Linear):
         return super().forward(x).float()
 
 
-@pytest.mark.parametrize("how", ["model", "loss", "autocast around a wide representation"])
+class Narrows(nn.Linear):
+    """A head in float16 whose prediction is not."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z.half()).float()
+
+
+@pytest.mark.parametrize("how", ["model", "head", "loss", "autocast around a wide representation"])
 def test_other_ways_to_float16(how: str) -> None:
     balancer = DWA(1)
-    model = MultiTaskModel(Widens(5, 8) if "autocast" in how else nn.Linear(5, 8), make_heads(), balancer).to(DEVICE)
+    heads = {**make_heads(), "c": Narrows(8, 2).half()} if how == "head" else make_heads()
+    model = MultiTaskModel(Widens(5, 8) if "autocast" in how else nn.Linear(5, 8), heads, balancer).to(DEVICE)
     if how == "model":
         model.half()
     with torch.autocast(DEVICE.type, dtype=torch.float16, enabled="autocast" in how):
@@ -448,6 +455,58 @@ def test_other_ways_to_float16(how: str) -> None:
     model.heads["b"].weight.register_hook(lambda g: g * torch.inf)
     model.backward(losses)
     assert balancer.step == 0
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "eval", "float32"])
+def test_another_forward_in_float32_changes_nothing(mode: str) -> None:
+    """To look at predictions, or of a task with batches of its own."""
+    trainer, _ = twins(BALANCERS["dwa"])
+    losses = float16_losses(trainer.model, batch())
+    if mode == "no_grad":
+        with torch.no_grad():
+            trainer.model(batch())
+    else:
+        trainer.model.train(mode != "eval")
+        trainer.model(batch())
+        trainer.model.train()
+    before = trainer.state()
+    trainer.model.heads["b"].weight.register_hook(lambda g: g * torch.inf)
+    trainer.model.backward(losses)
+    assert_close(trainer.state(), before, **EXACT)
+
+
+def test_backward_passes_that_fail_leave_nothing() -> None:
+    """Their copies of the state would add up where memory has run out."""
+    trainer, _ = twins(BALANCERS["excess-mtl"])
+    hook = trainer.model.backbone[0].weight.register_hook(lambda g: 1 / 0)
+    for seed in range(10):
+        with pytest.raises(ZeroDivisionError):
+            trainer.backward(seed)
+    hook.remove()
+    gc.collect()
+    assert len(trainer.model._junction._watched) == 0
+    trainer.step(1)
+    trainer.bad_step(2, PLACES["head"])
+
+
+class Compressed(nn.Module):
+    """A backbone with a gradient in another sparse form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 8)
+        self.weight = nn.Parameter(torch.eye(5).to_sparse_csr())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_parameters_in_other_sparse_forms() -> None:
+    model = MultiTaskModel(Compressed(), make_heads(), DWA(1)).to(DEVICE)
+    model.backbone.weight.grad = model.backbone.weight.detach().clone()
+    model.backward(float16_losses(model, batch()))
+    assert model.balancer.step == 1
 
 
 class Constant(LossBalancer):
@@ -476,6 +535,26 @@ def test_a_buffer_that_is_replaced_by_what_the_graph_needs() -> None:
     total = model.scalarize(float16_losses(model, batch()))
     total.backward(retain_graph=True)
     total.backward()
+
+
+class ReadsWhatItMoves(LossBalancer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.ones(3))
+
+    def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            self.average.mul_(0.9).add_(0.1 * losses.detach())
+        return (losses / self.average).sum()
+
+
+def test_a_buffer_that_moves_in_place_and_is_read_by_the_graph() -> None:
+    trainer, _ = twins(ReadsWhatItMoves)
+    total = trainer.model.scalarize(float16_losses(trainer.model, batch()))
+    total.backward(retain_graph=True)
+    total.backward()
+    trainer.optimizer.zero_grad()
+    trainer.bad_step(1, PLACES["head"])
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,11 @@ class Balancer(WideBuffers, ABC):
     def constrain(self) -> None:
         """Put learned parameters back to where they may be; called before each training step. Neutral: nothing."""
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the balancer itself updates anything; neutral: if it has a buffer."""
+        return next(self.buffers(), None) is not None
+
     def undo_scalarize(self) -> Undo | None:
         """Made before :meth:`scalarize`, what puts back the state that it moves; neutral: it moves none.
 
@@ -180,7 +185,7 @@ class GradientBalancer(Balancer):
 
     def undo_scalarize(self) -> Undo | None:
         """All buffers, where it looks at the losses; see :meth:`Balancer.undo_scalarize`."""
-        return Kept(self) if self.scales_losses else None
+        return Kept(self) if type(self).scalarize is not Balancer.scalarize else None
 
     def undo_weigh(self) -> Undo | None:
         """All buffers; see :meth:`Balancer.undo_weigh`."""

@@ -96,6 +96,11 @@ class Compose(Balancer):
         self.loss.reset()
         self.gradient.reset()
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether one of the two does."""
+        return self.loss.keeps_state or self.gradient.keeps_state
+
     def undo_scalarize(self) -> Undo | None:
         """The loss balancer's."""
         return self.loss.undo_scalarize()

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from mtlwrap.balancers.base import Balancer, GradientBalancer, LossBalancer, select
 from mtlwrap.gradients import TaskGradients
-from mtlwrap.plain_data import decoded
+from mtlwrap.plain_data import decoded, same
 from mtlwrap.processes import drawing_alike
 from mtlwrap.state import Undo
 from mtlwrap.surroundings import without_autocast
@@ -27,6 +27,7 @@ from mtlwrap.torch_jd_methods import (
     weighting_of,
 )
 from mtlwrap.torch_jd_state import (
+    State,
     assign,
     attributes_of,
     changes_since,
@@ -192,7 +193,7 @@ class TorchJD(Balancer):
             complete(modules[path])
 
     @property
-    def _keeps_something(self) -> bool:
+    def keeps_state(self) -> bool:
         """Whether anything but parameters moves, which learn in the backward."""
         return any(is_stateful(module) and attributes_of(module) for module in self.method.modules())
 
@@ -235,7 +236,7 @@ class TorchJDGradient(TorchJD, GradientBalancer):
 
     def undo_weigh(self) -> Undo | None:
         """The method's state, if it keeps something."""
-        return _Snapshot(self.method) if self._keeps_something else None
+        return _Snapshot(self.method) if self.keeps_state else None
 
     def weigh(self, gradients: TaskGradients) -> Tensor | None:
         """The method's weights, or None where it is no weighting; see :meth:`Balancer.weigh`."""
@@ -310,7 +311,7 @@ class TorchJDLoss(TorchJD, LossBalancer):
 
     def undo_scalarize(self) -> Undo | None:
         """The scalarizer's state, if it keeps something."""
-        return _Snapshot(self.method) if self._keeps_something else None
+        return _Snapshot(self.method) if self.keeps_state else None
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """The scalarizer's scalar; see :meth:`Balancer.scalarize`."""
@@ -324,7 +325,7 @@ class TorchJDLoss(TorchJD, LossBalancer):
         return total
 
     def _may_learn(self, values: Tensor) -> bool:
-        if not self._keeps_something:
+        if not self.keeps_state:
             return True
         return self.training and torch.is_grad_enabled() and bool(values.isfinite().all())
 
@@ -353,8 +354,13 @@ class _Snapshot(Undo):
 
     def __init__(self, method: nn.Module) -> None:
         self._method = method
-        self._kept = snapshot(method)
+        self._before = snapshot(method)
+        self._after: State | None = None
+
+    def settle(self) -> None:
+        """Note what the method has come to; what others make of that later is theirs."""
+        self._after = snapshot(self._method) if self._after is None else self._after
 
     def __call__(self, spoiled: Tensor, *_: object) -> None:
-        if bool(spoiled):
-            restore(self._method, self._kept)
+        if bool(spoiled) and same(snapshot(self._method), self._after):
+            restore(self._method, self._before)

@@ -650,6 +650,16 @@ def test_a_float16_step_that_overflows_in_a_head_moves_no_state(name: str) -> No
 
 
 @every_state
+def test_a_state_that_is_replaced_before_the_overflow_is_not_overwritten(name: str) -> None:
+    training, fresh = Training(name).train(range(1)), Training(name)
+    total = training.model.scalarize(float16_losses(training.model, make_input(5, dtype=torch.float32)))
+    training.model.balancer.reset()
+    training.model.heads["b"].weight.register_hook(lambda g: g * torch.inf)
+    total.backward()
+    assert_same_state(state_of(training.model.balancer), state_of(fresh.model.balancer))
+
+
+@every_state
 def test_another_pass_over_the_same_losses_takes_back_no_more_than_it_moved(name: str) -> None:
     training = Training(name)
     total = training.model.scalarize(float16_losses(training.model, make_input(dtype=torch.float32)))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing import assert_close
 
 from mtlwrap import MultiTaskModel
@@ -248,6 +248,70 @@ def test_a_process_that_makes_no_backward_pass_is_not_waited_for(pools, name, ho
     first, second = pools[2].run(uneven, name, how)
     assert_close(first, second, rtol=0, atol=0)
     assert all(any(not torch.equal(new[k], v) for k, v in old.items()) for old, new in pairwise(first))
+
+
+def unlike(rank: int, size: int, name: str, wrap: str, how: str) -> list[dict[str, Tensor]]:
+    """Something is otherwise in the second process, in some steps or in all; that it overflows is rare."""
+    model, outer = make(Spec(name, wrap=wrap))
+    left = [moved(model)]
+    for step in range(4):
+        odd = rank == 1 and (step in (1, 2) or how == "float32")
+        model.heads["b"].is_bad = rank == 0 and step == 2 and how == "float32"
+        x = batch(Spec(name), step, rank)
+        with torch.autocast("cpu", dtype=torch.float16, enabled=not (odd and how == "float32")):
+            losses = make_losses({task: p.float() for task, p in outer(x).items()})
+        if how == "half losses":
+            losses = {task: loss.half() for task, loss in losses.items()}
+        if odd and how == "looks":
+            with torch.no_grad():
+                model(x)
+        model.balancer.train(not (odd and how == "evaluation"))
+        model.backward({} if odd and how == "half losses" else losses)
+        if step != 1:  # gradients that are there already
+            model.zero_grad()
+        left.append(moved(model))
+    return left
+
+
+WRAPPED = ("ddp", "hand", "fsdp")
+UNLIKE = [
+    *((name, wrap, how) for name in ("dwa", "excess-mtl") for wrap in WRAPPED for how in ("half losses", "evaluation")),
+    *(("dwa", wrap, "float32") for wrap in WRAPPED),  # a gradient balancer refuses representations of two types
+    *((name, "ddp", "looks") for name in ("dwa", "excess-mtl")),
+]
+
+
+@pytest.mark.parametrize(("name", "wrap", "how"), UNLIKE)
+def test_processes_that_are_not_alike(pools, name, wrap, how):
+    first, second = pools[2].run(unlike, name, wrap, how)
+    if how != "evaluation":  # where the second one's state is not to move
+        assert_close(first, second, rtol=0, atol=0)
+    stands = [all(torch.equal(new[key], value) for key, value in old.items()) for old, new in pairwise(first)]
+    assert stands == [False, False, how == "float32" and wrap != "hand", False]
+
+
+def cast(rank: int, size: int, name: str) -> list[dict[str, Tensor]]:
+    """fully_shard computes in float16, and nobody sees it: representation and losses are in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.float16, output_dtype=torch.float32)
+    model, _ = make(Spec(name, wrap="hand", options={"process_group": "auto"}))
+    mesh = init_device_mesh("cpu", (size,))
+    for part in (model.backbone, *model.heads.children(), model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    left = [moved(model)]
+    for step in range(3):
+        model.heads["b"].is_bad = step == 1 == rank
+        model.backward(make_losses(model(batch(Spec(name), step, rank))))
+        model.zero_grad()
+        left.append(moved(model))
+    return left
+
+
+@pytest.mark.parametrize("name", ["dwa", "excess-mtl"])
+def test_float16_by_a_policy(pools, name):
+    first, second = pools[2].run(cast, name)
+    assert_close(first, second, rtol=0, atol=0)
+    stands = [all(torch.equal(new[key], value) for key, value in old.items()) for old, new in pairwise(first)]
+    assert stands == [False, True, False]
 
 
 def counted(rank: int, size: int, name: str, wrap: str) -> int:
