@@ -268,11 +268,9 @@ class Junction:
         """Who takes part, and the losses: in all processes, if there are several."""
         ranks = self.peers.ranks
         self._is_float16 = self._is_float16 or any(loss.dtype is torch.float16 for loss in chosen)
-        is_scheduled = any(fork.exact is not None and fork.exact.schedule is not None for fork in found.forks)
-        keeps = balancer.training and (balancer.keeps_state or is_scheduled) and not transforming()
         if ranks is None:
-            guarded = self._is_float16 and keeps
-            return Order(here, here, vector_of(chosen) if chosen else torch.zeros(0), is_guarded=guarded)
+            is_guarded = self._is_float16 and _keeps_state(balancer, found.forks)
+            return Order(here, here, vector_of(chosen) if chosen else torch.zeros(0), is_guarded=is_guarded)
         # The same form of message whichever losses there are, and wherever they lie.
         values = (vector_of(chosen) if chosen else torch.zeros(0)).to(self._device, self._dtype)
         # With gradients averaged by hand a process may stand aside.
@@ -284,7 +282,7 @@ class Junction:
             read=read,
             passes_on=passes_on,
             is_float16=self._is_float16,
-            keeps_state=keeps,
+            keeps_state=_keeps_state(balancer, found.forks),
             gradients_differ=not self._is_float16 or model is None or self.peers.gradients_differ(model.parameters()),
             is_idle=is_idle,
             is_out=is_out,
@@ -392,6 +390,13 @@ class Junction:
 def _constrain(model: Any, _: object) -> None:
     if model.balancer.training and torch.is_grad_enabled():
         model.balancer.constrain()
+
+
+def _keeps_state(balancer: Balancer, forks: Sequence[ForkState]) -> bool:
+    """Whether anything but parameters moves in this step, in the balancer or in the schedule of exact gradients."""
+    if not balancer.training or transforming():
+        return False
+    return balancer.keeps_state or any(fork.exact is not None and fork.exact.schedule is not None for fork in forks)
 
 
 def _communicates(head: nn.Module) -> bool:
