@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mtlwrap.state import is_sharded
+from mtlwrap.state import is_sharded, sharding_groups
 
 NOTHING_TO_TRAIN = (
     "None of the losses requires grad: there is nothing to train. Was the forward run under torch.no_grad, or were the "
@@ -421,8 +421,7 @@ def _is_sharded(model: nn.Module) -> bool:
 def _meshes(model: nn.Module) -> list[Any]:
     """The device meshes of sharded parameters, and of those that fully_shard has made whole by now."""
     found = [cast("Any", p).device_mesh for p in model.parameters() if is_sharded(p)]
-    states = [getattr(module, "_get_fsdp_state", lambda: None)() for module in model.modules()]
-    groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", [])]
+    groups = [group for module in model.modules() for group in sharding_groups(module)]
     return [*found, *(group.mesh_info.mesh for group in groups)]
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
+from mtlwrap.probe import nodes_behind
 from mtlwrap.processes import Ranks
-from mtlwrap.state import Mark, Place, Undo, is_sharded
+from mtlwrap.state import Mark, Place, Undo, is_sharded, sharding_groups
 
 # Has a function called when the running backward pass has ended; not public. Without it nobody knows when that is, and
 # nothing is taken back.
@@ -129,7 +130,7 @@ def of_model(model: "weakref.ref[nn.Module]") -> Gradients:
         for parameter in module._parameters.values():
             if parameter is not None:
                 _note(found, id(parameter), parameter.grad)
-        for sharded in _sharded_here(module):
+        for sharded in _sharded_by(module):
             # Of the two the module has the one or the other; and whole gradients may be accumulated, which it has not.
             for parameter in (sharded.sharded_param, getattr(sharded, "_unsharded_param", None)):
                 if parameter is not None:
@@ -140,7 +141,7 @@ def of_model(model: "weakref.ref[nn.Module]") -> Gradients:
 
 def has_float16(model: nn.Module) -> bool:
     """Whether a part of a model computes in float16 by itself, be it for ``fully_shard``."""
-    sharded = (part for module in model.modules() for part in _sharded_here(module))
+    sharded = (part for module in model.modules() for part in _sharded_by(module))
     return any(parameter.dtype is torch.float16 for parameter in model.parameters()) or any(
         getattr(part, "param_dtype", None) is torch.float16 for part in sharded
     )
@@ -156,24 +157,13 @@ def of_leaves(tensors: Iterable[Tensor]) -> Gradients:
 
 def leaves(node: Node) -> list[Tensor]:
     """The tensors whose gradients a backward pass from this node adds to."""
-    found: list[Tensor] = []
-    visited: set[Node] = set()
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        if isinstance(leaf := getattr(node, "variable", None), Tensor):
-            found.append(leaf)
-        following = {behind for behind, _ in node.next_functions if behind is not None} - visited
-        visited |= following
-        stack.extend(following)
-    return found
+    found = (getattr(behind, "variable", None) for behind in nodes_behind([GradientEdge(node, 0)]))
+    return [leaf for leaf in found if isinstance(leaf, Tensor)]  # a function of the user's may call anything so
 
 
-def _sharded_here(module: nn.Module) -> Iterable[Any]:
-    """What ``fully_shard`` keeps of each parameter that it was called for on this module; not public."""
-    state = getattr(module, "_get_fsdp_state", lambda: None)()
-    for group in getattr(state, "_fsdp_param_groups", ()):
-        yield from group.fsdp_params
+def _sharded_by(module: nn.Module) -> list[Any]:
+    """What ``fully_shard`` keeps of each parameter that it was called for on this module."""
+    return [sharded for group in sharding_groups(module) for sharded in group.fsdp_params]
 
 
 def _note(found: Gradients, key: int, gradient: Tensor | None) -> None:

@@ -105,6 +105,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def sharding_groups(module: nn.Module) -> list[Any]:
+    """The groups of parameters that ``fully_shard`` was called for on this very module; not public."""
+    state = getattr(module, "_get_fsdp_state", lambda: None)()
+    return list(getattr(state, "_fsdp_param_groups", ()))
+
+
 @contextmanager
 def whole_parameters(module: nn.Module) -> Iterator[None]:
     """Parameters that are sharded over several processes are whole, plain tensors here; all processes come by.

@@ -234,6 +234,10 @@ class TorchJDGradient(TorchJD, GradientBalancer):
             self._seen_rows([task in tasks for task in range(self.num_tasks)])
         return super().scalarize(losses, tasks)
 
+    def undo_scalarize(self) -> Undo | None:
+        """None: the losses are looked at, and nothing is kept."""
+        return None
+
     def undo_weigh(self) -> Undo | None:
         """The method's state, if it keeps something."""
         return _Snapshot(self.method) if self.keeps_state else None
